@@ -1,0 +1,77 @@
+"""The training step alone, inside a scan, and inside the trainer's loop."""
+
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks.cases._nets import BATCH, IMAGES, unet
+from benchmarks.harness import Case, Variant, jitted
+from lowdim_diffusion import losses, networks, schedules, sharding, training
+
+STEPS = {"smoke": 2, "small": 4, "medium": 4, "large": 2}
+
+
+def _step(net: networks.Network, axis_name: str | None = None) -> tuple[Any, Any]:
+    """A training step as users run it, with Adam and an average, and its first state."""
+    loss_fn = losses.make_loss(net, schedules.VE())
+    optimizer, decay = optax.adam(1e-4), training.ema.classic(0.999)
+    step = training.make_train_step(loss_fn, optimizer, ema=decay, axis_name=axis_name)
+    return step, training.init_state(net.init(jax.random.key(0)), optimizer, ema=decay)
+
+
+def _variants(net: networks.Network, batch_size: int, count: int) -> list[Variant]:
+    step, state = _step(net)
+    key = jax.random.key(1)
+    x = jax.random.normal(key, (batch_size, *net.data_shape))
+
+    def one(state: Any, x: Any, key: Any) -> Any:
+        return step(state, {"x": x}, key)
+
+    def scanned(state: Any, x: Any, key: Any) -> Any:
+        body = lambda state, i: step(state, {"x": x}, jax.random.fold_in(key, i))
+        return jax.lax.scan(body, state, jax.numpy.arange(count))
+
+    variants = [
+        jitted("one jitted step", one, state, x, key),
+        jitted(f"scan of {count}", scanned, state, x, key, units=count),
+    ]
+    return [*variants, _loop(net, batch_size, count, x)]
+
+
+def _loop(net: networks.Network, batch_size: int, count: int, x: Any) -> Variant:
+    """The trainer's loop: batches drawn on the device, the number of steps an argument."""
+    mesh = sharding.data_mesh(1)
+    step, state = _step(net, sharding.AXIS)
+    state = sharding.replicate(state, mesh)
+    key = sharding.replicate(jax.random.key(2), mesh)
+    arrays = sharding.replicate(x, mesh)
+    examples = lambda arrays, key, step, index: {"x": arrays[index], "index": index}
+    loop = training.compile_loop(step, examples, batch_size, mesh, state, arrays)
+    held = [state]
+
+    def call() -> None:
+        held[0] = loop(held[0], arrays, key, count).state
+
+    return Variant("trainer's loop", call, count)
+
+
+def _unet(size: str) -> list[Variant]:
+    return _variants(unet(size), BATCH[size], STEPS[size])
+
+
+def _lowrank(size: str) -> list[Variant]:
+    dim = {"smoke": 48, "small": 48, "medium": 192, "large": 1000}[size]
+    net = networks.make("lowrank", data_shape=(dim,), num_components=2, rank=6)
+    return _variants(net, 256, 100)
+
+
+CASES = [
+    Case(
+        "train-step-unet",
+        "step",
+        _unet,
+        "scan and loop at most 1.1 of one jitted step; images " + str(IMAGES["medium"]),
+    ),
+    Case("train-step-lowrank", "step", _lowrank),
+]

@@ -1,0 +1,1 @@
+"""Published figures, each a module: ``python -m experiments.NAME --preset smoke|cpu|paper``."""

@@ -1,0 +1,203 @@
+"""``lowdim analyze``: measure a run and write its report."""
+
+import io
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowdim_diffusion.cli import toml
+from lowdim_diffusion.cli.config import option
+from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+
+__all__ = ["AnalyzeArguments", "main", "run"]
+
+
+@dataclass(frozen=True)
+class AnalyzeArguments:
+    """What ``lowdim analyze`` is given."""
+
+    run: str = ""
+    """Run directory to measure (required); the report goes there."""
+    data: str | None = None
+    """Where the training data are now, if they have moved."""
+    seed: int = option(0, ge=0, lt=2**32)
+    """Seed of the samples."""
+    num_samples: int = option(64, ge=1)
+    """Samples to compare with the training data."""
+    num_spectra: int | None = option(ge=1)
+    """Of these, how many to follow with Jacobians; unset takes 4, or 1 where that is slow."""
+    rank: int = option(16, ge=1)
+    """Leading singular values where there are too many to compute all, and size of subspaces."""
+
+
+_EXAMPLES = """\
+lowdim analyze --run runs/digits
+lowdim analyze --run runs/mnist --num-samples 256 --num-spectra 8
+lowdim analyze --run runs/mnist --data /mnt/elsewhere/mnist"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and report; return the exit code."""
+    prog = "lowdim analyze"
+    if wants_help(argv):
+        show_help(
+            f"{prog} --run DIR [--OPTION VALUE ...]",
+            "Measure a run: nearest training images of its samples, singular values and numerical\n"
+            "rank of its Jacobian along the way from noise to data, angles between subspaces.\n"
+            "Writes RUN/report.html and the numbers to RUN/analysis.npz.",
+            [],
+            AnalyzeArguments(),
+            "",
+            _EXAMPLES,
+        )
+    given = parse(AnalyzeArguments, argv, default=AnalyzeArguments(), prog=prog)
+    check_options(given)
+    if not given.run:
+        raise CommandError("--run is needed: the directory of a run (lowdim analyze --run DIR)")
+    return run(given)
+
+
+def run(given: AnalyzeArguments) -> int:
+    """Measure and report; return the exit code."""
+    from lowdim_diffusion.cli import analysis, build
+    from lowdim_diffusion.cli.loading import load_run
+
+    begin = time.monotonic()
+    loaded = load_run(given.run)
+    config = loaded.model.config.data
+    dataset = build.dataset(replace(config, path=given.data or config.path))
+    notes = []
+    if dataset.sha256 != loaded.data_sha256:
+        notes.append("The data found now are not those that the run was trained on.")
+        print(f"warning: {dataset.source or dataset.name} is not the data of this run")
+    measured = analysis.analyze(
+        loaded,
+        dataset,
+        num_samples=given.num_samples,
+        num_spectra=given.num_spectra,
+        rank=given.rank,
+        seed=given.seed,
+        note=lambda text: print(text, flush=True),
+    )
+    numbers = _write_numbers(loaded.path / "analysis.npz", measured)
+    report = _write_report(loaded, dataset, measured, notes)
+    print(_summary(measured))
+    print(f"measured in {time.monotonic() - begin:.1f} s")
+    print(f"report   {report}\nnumbers  {numbers}")
+    return ExitCode.DONE
+
+
+def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
+    """Write everything measured as arrays."""
+    import numpy as np
+
+    from lowdim_diffusion.cli.drawing import write_file
+
+    arrays = {
+        "samples": measured.samples,
+        "nearest_distance": measured.distance,
+        "nearest_index": measured.index,
+        "sigmas": measured.sigmas,
+        "ts": measured.ts,
+        "trajectory": measured.trajectory,
+        "singular_values": measured.spectrum.values,
+        "rank_ratio": measured.spectrum.rank_ratio,
+        "exact_singular_values": measured.exact and measured.exact.values,
+        "exact_rank_ratio": measured.exact and measured.exact.rank_ratio,
+        **{f"angles: {name}": value for name, value in measured.angles.items()},
+    }
+    stored = io.BytesIO()
+    np.savez_compressed(stored, **{k: v for k, v in arrays.items() if v is not None})
+    return write_file(path, stored.getvalue())
+
+
+def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
+    from lowdim_diffusion import reporting
+    from lowdim_diffusion.training.rundir import read_metrics
+
+    rows = read_metrics(loaded.path / "metrics.jsonl")
+    losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    config, net = loaded.model.config, loaded.model.net
+    spectrum, exact = measured.spectrum, measured.exact
+    if spectrum.rank_ratio is None:
+        notes.append(
+            f"Only the leading {spectrum.values.shape[-1]} of {measured.samples[0].size} singular "
+            "values were computed; the numerical rank needs all of them and is left out."
+        )
+    where = str(loaded.path)
+    shown = 24
+    return reporting.write_html(
+        loaded.path / "report.html",
+        title=loaded.path.resolve().name,
+        subtitle=dataset.describe(),
+        summary={
+            "training steps": loaded.step,
+            "images seen": loaded.step * config.train.batch_size,
+            "last loss": (sum(v for _, v in losses[-100:]) / max(len(losses[-100:]), 1))
+            if losses
+            else None,
+            "parameters": (net.num_params, net.name),
+            "sampler": f"{config.sample.solver}, {config.sample.num_steps} steps",
+        },
+        neighbors=reporting.Neighbors(
+            measured.samples[:shown],
+            dataset.floats(measured.index[:shown]),
+            measured.distance[:shown],
+        ),
+        memorized=measured.memorized,
+        loss=tuple(zip(*losses, strict=True)) if losses else None,  # pyright: ignore[reportArgumentType]
+        trajectory=(measured.trajectory, measured.sigmas),
+        spectra=reporting.Spectra(
+            measured.sigmas[:-1],
+            spectrum.values,
+            spectrum.rank_ratio,
+            exact and exact.values,
+            exact and exact.rank_ratio,
+        ),
+        angles={name: value.tolist() for name, value in measured.angles.items()},
+        config=toml.dumps(config),
+        versions=_versions(loaded.path),
+        next_commands=[
+            ("More samples", f"lowdim sample --run {where} --num-samples 256"),
+            ("Another sampler", f"lowdim sample --run {where} --solver dpmpp-2m --steps 12"),
+            (
+                "Train on",
+                f"lowdim train --out {where} --train.steps {2 * max(config.train.steps, 1)}",
+            ),
+            (
+                "Your own images",
+                "lowdim train --data.path photos/ --data.size 32 --out runs/photos",
+            ),
+        ],
+        notes=notes,
+    )
+
+
+def _versions(path: pathlib.Path) -> dict[str, str]:
+    try:
+        found = json.loads((path / "versions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: str(value) for name, value in found.items() if value != ""}
+
+
+def _summary(measured: Any) -> str:
+    import numpy as np
+
+    lines = [f"nearest training example: median distance {np.median(measured.distance):.3g}"]
+    if measured.memorized is not None:
+        lines.append(f"memorized samples: {100 * measured.memorized:.1f} %")
+    if (ratio := measured.spectrum.rank_ratio) is not None:
+        mean = ratio.mean(1)
+        low = int(np.argmin(mean))
+        lines.append(
+            f"numerical rank / dimension: {mean[-1]:.2f} at sigma {measured.sigmas[-2]:.2g}, "
+            f"smallest {mean[low]:.2f} at sigma {measured.sigmas[low]:.2g}"
+        )
+    for name, angles in measured.angles.items():
+        lines.append(f"{name}: median angle {np.degrees(np.median(angles)):.1f} degrees")
+    return "\n".join(lines)

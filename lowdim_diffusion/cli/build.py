@@ -1,0 +1,308 @@
+"""From a config to the objects it describes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lowdim_diffusion import data, losses, networks, schedules, solvers, training
+from lowdim_diffusion._types import Array, DenoiseFn, LossFn, Params, Schedule
+from lowdim_diffusion.cli.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from lowdim_diffusion.denoisers import from_network
+from lowdim_diffusion.sharding import AXIS
+
+__all__ = [
+    "Model",
+    "Parts",
+    "dataset",
+    "denoiser",
+    "ema",
+    "fixed",
+    "grid",
+    "loss",
+    "measured_std",
+    "network",
+    "optimizer",
+    "parts",
+    "schedule",
+    "solver",
+]
+
+
+class Model(NamedTuple):
+    """What a run's parameters mean; enough to sample, without the data."""
+
+    config: RunConfig
+    """The config with the values filled in that the data decide."""
+    net: networks.Network
+    schedule: Schedule
+
+
+class Parts(NamedTuple):
+    """All of a run's objects."""
+
+    model: Model
+    dataset: data.Dataset
+    batcher: data.Batcher
+    init: Callable[[], training.TrainState]
+    """Makes the state before the first step."""
+    train_step: training.TrainStep
+    """Per-device step, mapped over ``sharding.AXIS``."""
+    key: Array
+    """Decides batches and noise."""
+
+
+def parts(config: RunConfig) -> Parts:
+    """Return the objects of a run.
+
+    Raises:
+        ValueError: for data, sizes or options that do not fit, in one line.
+    """
+    loaded = dataset(config.data)
+    if config.loss.data_std is None:
+        measured = dataclasses.replace(config.loss, data_std=measured_std(loaded))
+        config = dataclasses.replace(config, loss=measured)
+    batcher = data.batches(
+        loaded, config.train.batch_size, shuffle=config.data.shuffle, flip=config.data.flip
+    )
+    net = network(config.model, loaded)
+    made = schedule(config.schedule)
+    optim = optimizer(config.optim, config.train.steps)
+    average = ema(config.train)
+    # Sampling owns key(seed) itself; folding keeps training's keys apart from it.
+    init_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    solver(config.sample)  # both are refused now, not after the training
+    grid(config.sample, made)
+    step = training.make_train_step(
+        loss(config.loss, net, made, config.train.batch_size, bool(config.model.dropout)),
+        optim,
+        ema=average,
+        axis_name=AXIS,
+        accumulate=config.optim.accumulate,
+    )
+    init = lambda: training.init_state(net.init(init_key), optim, ema=average)
+    return Parts(Model(config, net, made), loaded, batcher, init, step, key)
+
+
+def _given(config: Any, *names: str) -> dict[str, Any]:
+    """Return those of the named options that are set."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def dataset(config: DataConfig) -> data.Dataset:
+    """Return the examples that a config names."""
+    common: dict[str, Any] = {
+        "split": None if config.split == "train" else config.split,
+        "size": config.size,
+        "channels": config.channels,
+        "classes": [int(c) if c.isdecimal() else c for c in config.classes or ()] or None,
+    }
+    if config.path == "molrg":
+        names = ("dim", "rank", "num_components", "noise_std", "orthogonal")
+        common |= {"seed": config.seed, **_given(config, *names)}
+        if config.num_examples is not None:
+            common["num_samples"] = config.num_examples
+        return data.load("molrg", **common)
+    return data.load(config.path, num_examples=config.num_examples, seed=config.seed, **common)
+
+
+def measured_std(dataset: data.Dataset) -> float:
+    """Return the standard deviation of all coordinates of the data, to 4 digits."""
+    if dataset.images.dtype == np.uint8:
+        counts = np.bincount(dataset.images.reshape(-1), minlength=256)
+        levels = np.arange(256) / 127.5 - 1
+        mean = np.average(levels, weights=counts)
+        std = np.sqrt(np.average((levels - mean) ** 2, weights=counts))
+    else:
+        std = dataset.images.std(dtype=np.float64)
+    if not std > 0:
+        raise ValueError(
+            f"{dataset.name}: all values of the data are equal: there is nothing to learn; "
+            "set --loss.data-std to train all the same."
+        )
+    return float(f"{std:.4g}")
+
+
+def network(config: ModelConfig, dataset: data.Dataset) -> networks.Network:
+    """Return the network for a data set."""
+    names = [f.name for f in dataclasses.fields(config) if f.name not in ("name", "conditional")]
+    options = _given(config, *names)
+    if config.conditional:
+        if not dataset.num_classes:
+            raise ValueError(f"--model.conditional needs labels, and {dataset.name} has none.")
+        if config.name not in ("unet", "mlp", "dit"):
+            raise ValueError(f"--model.conditional: the network {config.name!r} takes no labels.")
+        options["num_classes"] = dataset.num_classes
+    return networks.make(config.name, data_shape=dataset.data_shape, **options)
+
+
+def schedule(config: ScheduleConfig) -> Schedule:
+    """Return the noise schedule."""
+    kind = {
+        "ve": schedules.VE,
+        "vp-linear": schedules.VPLinear,
+        "vp-cosine": schedules.VPCosine,
+        "rectified-flow": schedules.RectifiedFlow,
+    }[config.name]
+    return kind(**_given(config, "sigma_min", "sigma_max", "beta_min", "beta_max", "s"))
+
+
+def loss(
+    config: LossConfig,
+    net: networks.Network,
+    schedule: Schedule,
+    batch_size: int,
+    dropout: bool = False,
+) -> LossFn:
+    """Return the loss; ``config.data_std`` must be a number by now."""
+    data_std = _known_std(config)
+    weight = {
+        "edm": lambda: losses.edm_weight(data_std),
+        "snr": losses.snr_weight,
+        "min-snr": lambda: losses.min_snr_weight(
+            **({} if config.min_snr_gamma is None else {"gamma": config.min_snr_gamma})
+        ),
+        "uniform": losses.uniform_weight,
+        "likelihood": losses.likelihood_weight,
+        "sigmoid": lambda: losses.sigmoid_weight(
+            **({} if config.sigmoid_bias is None else {"bias": config.sigmoid_bias})
+        ),
+    }[config.weight]()
+    normal = {
+        name: value
+        for name, value in (("mean", config.level_mean), ("std", config.level_std))
+        if value is not None
+    }
+    ends = {
+        name: value
+        for name, value in (("sigma_min", config.level_min), ("sigma_max", config.level_max))
+        if value is not None
+    }
+    level = {
+        "log-normal": lambda: losses.log_normal(**normal),
+        "log-uniform": lambda: losses.log_uniform(**ends),
+        "uniform": losses.uniform,
+        "logit-normal": lambda: losses.logit_normal(**normal),
+    }[config.levels]()
+    return losses.make_loss(
+        net,
+        schedule,
+        parametrization=config.parametrization,
+        weight=weight,
+        level=level,
+        data_std=data_std,
+        num_strata=batch_size if config.stratified else None,
+        label_dropout=config.label_dropout,
+        dropout=dropout,
+    )
+
+
+def optimizer(config: OptimConfig, num_steps: int) -> Any:
+    """Return the optax optimizer."""
+    # A warm-up longer than training is cut by the end of training, not refused.
+    lr = training.optimizers.learning_rate(
+        config.lr,
+        max(num_steps, config.warmup),
+        warmup=config.warmup,
+        decay=config.decay,
+        final=config.final,
+    )
+    return training.optimizers.make(
+        config.name,
+        lr,
+        clip=config.clip or None,
+        weight_decay=config.weight_decay,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+    )
+
+
+def ema(config: TrainConfig) -> Any:
+    """Return the decay of the moving average, or None."""
+    if config.ema_std is not None:
+        return training.ema.power(training.ema.gamma_from_std(config.ema_std))
+    return training.ema.classic(config.ema) if config.ema else None
+
+
+def solver(config: SampleConfig) -> solvers.Solver:
+    """Return the sampler."""
+    return {
+        "heun": lambda: solvers.heun(config.churn),
+        "euler": solvers.euler,
+        "ddim": lambda: solvers.ddim(config.eta),
+        "dpmpp-2m": solvers.dpmpp_2m,
+        "ancestral": solvers.ancestral,
+    }[config.solver]()
+
+
+def grid(config: SampleConfig, schedule: Schedule) -> Array:
+    """Return the times that sampling visits, noise to data."""
+    if config.grid == "log-snr":
+        return schedules.log_snr_grid(schedule, config.num_steps)
+    if config.grid == "uniform":
+        return schedules.uniform_grid(schedule, config.num_steps)
+    # As far as the schedule reaches: a little inside, for rounding.
+    low = float(schedules.noise_levels(schedule, schedule.t_min))
+    high = float(schedules.noise_levels(schedule, schedule.t_max))
+    first = min(80.0 if config.sigma_max is None else config.sigma_max, high)
+    last = max(0.002 if config.sigma_min is None else config.sigma_min, low)
+    sigmas = schedules.karras_grid(config.num_steps, last, first, config.rho)
+    return schedules.times_from_sigmas(schedule, sigmas)
+
+
+def denoiser(model: Model, params: Params, cond: Array | None = None) -> DenoiseFn:
+    """Return the denoiser that parameters of a run stand for."""
+    return from_network(
+        model.net,
+        params,
+        model.schedule,
+        parametrization=model.config.loss.parametrization,
+        data_std=_known_std(model.config.loss),
+        cond=cond,
+    )
+
+
+def _known_std(config: LossConfig) -> float:
+    if config.data_std is None:
+        raise ValueError("the standard deviation of the data is not known; set --loss.data-std.")
+    return config.data_std
+
+
+_FREE = {
+    "data": {"path"},
+    "train": {"steps", "sample_every", "tensorboard"},
+}
+
+
+def fixed(parts: Parts) -> dict[str, Any]:
+    """Return what a resumed run must share with its first start, for the trainer to compare.
+
+    Free to change are the length of training, what is written on the way, how samples are drawn,
+    the devices, and where the data lie: their content counts.
+    """
+    model = parts.model
+    config = dataclasses.asdict(model.config)
+    kept = {
+        name: {k: v for k, v in config[name].items() if k not in _FREE.get(name, ())}
+        for name in ("data", "loss", "optim", "train")
+    }
+    return {
+        **kept,
+        "seed": model.config.seed,
+        "model": {"name": model.net.name, **model.net.config},
+        "schedule": {"name": model.config.schedule.name, **vars(model.schedule)},
+        "data_sha256": parts.dataset.sha256,
+    }

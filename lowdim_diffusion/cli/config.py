@@ -1,0 +1,385 @@
+"""The configuration of a run: nested frozen dataclasses, one per section of ``config.toml``.
+
+Every field is an option of the command line (``optim.lr`` is ``--optim.lr``), a key of the file
+and a default; the text under it is its help. Only the standard library is imported here.
+
+Rule for unset values: an optional field is unset by default, and unset is written to a file by
+leaving the key out. To unset what a preset or a file has set, say ``None`` on the command line or
+``"none"`` in the file.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SampleConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check",
+    "check_ranges",
+    "flag",
+    "option",
+    "options_of",
+    "settle",
+]
+
+Network = Literal["unet", "mlp", "dit", "lowrank", "linear"]
+Schedule = Literal["ve", "vp-linear", "vp-cosine", "rectified-flow"]
+Solver = Literal["heun", "euler", "ddim", "dpmpp-2m", "ancestral"]
+Grid = Literal["karras", "log-snr", "uniform"]
+
+
+def option(
+    default: Any = None,
+    *,
+    ge: int | float | None = None,
+    gt: int | float | None = None,
+    le: int | float | None = None,
+    lt: int | float | None = None,
+    **only: str,
+) -> Any:
+    """Return a field with a range, and with the choices that it belongs to: ``name="unet dit"``."""
+    bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
+    return field(default=default, metadata={"bounds": bounds, "only": only})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    path: str = "digits"
+    """'digits' (built in), 'molrg' (synthetic), or a file or folder: images, IDX, CIFAR, npz."""
+    split: str = "train"
+    """Part to use, where the data has parts: 'train', 'test', or a folder such as 'val'."""
+    classes: tuple[str, ...] | None = None
+    """Keep only these classes, by name or number."""
+    size: int | None = option(ge=1)
+    """Resize images to this height and width; unset keeps theirs."""
+    channels: Literal[1, 3] | None = None
+    """Convert images to gray (1) or colour (3)."""
+    num_examples: int | None = option(ge=1)
+    """Use only so many examples, chosen at random by data.seed; of 'molrg', draw so many."""
+    seed: int = option(0, ge=0, lt=2**32)
+    """Decides which examples, and what 'molrg' draws; apart from the run's seed."""
+    shuffle: Literal["epoch", "replacement", "none"] = "epoch"
+    """Every example once per epoch, independent draws, or in the order of the data."""
+    flip: bool = False
+    """Mirror images left to right at random."""
+    dim: int | None = option(ge=1, path="molrg")
+    """molrg: ambient dimension."""
+    rank: int | None = option(ge=1, path="molrg")
+    """molrg: dimension of each subspace."""
+    num_components: int | None = option(ge=1, path="molrg")
+    """molrg: number of subspaces."""
+    noise_std: float | None = option(ge=0, path="molrg")
+    """molrg: standard deviation of the isotropic noise around the subspaces."""
+    orthogonal: bool | None = option(path="molrg")
+    """molrg: subspaces orthogonal to each other."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Unset options take the network's own defaults."""
+
+    name: Network = "unet"
+    """Which network."""
+    conditional: bool = False
+    """Condition on the class labels of the data."""
+    dtype: Literal["float32", "bfloat16"] | None = option(name="unet mlp dit")
+    """unet, mlp, dit: arithmetic inside the network; parameters stay float32."""
+    channels: int | None = option(ge=1, name="unet")
+    """unet: channels at the first resolution."""
+    channel_mult: tuple[int, ...] | None = option(ge=1, name="unet")
+    """unet: channels of each resolution, in multiples of the first."""
+    num_blocks: int | None = option(ge=1, name="unet")
+    """unet: residual blocks per resolution."""
+    attention: tuple[int, ...] | None = option(ge=1, name="unet")
+    """unet: image sizes at which to attend."""
+    dropout: float | None = option(ge=0, lt=1, name="unet mlp dit")
+    """unet, mlp, dit: dropout rate."""
+    width: int | None = option(ge=1, name="mlp dit")
+    """mlp, dit: features of a layer."""
+    depth: int | None = option(ge=1, name="mlp dit")
+    """mlp, dit: number of blocks."""
+    num_heads: int | None = option(ge=1, name="unet dit")
+    """unet, dit: attention heads."""
+    patch_size: int | None = option(ge=1, name="dit")
+    """dit: side of a patch."""
+    mlp_ratio: int | None = option(ge=1, name="dit")
+    """dit: hidden features of a block, in multiples of the width."""
+    num_components: int | None = option(ge=1, name="lowrank")
+    """lowrank: number of subspaces."""
+    rank: int | None = option(ge=1, name="lowrank")
+    """lowrank: dimension of each subspace."""
+    assignment: Literal["soft", "hard"] | None = option(name="lowrank")
+    """lowrank: weights of the subspaces, soft-max or hard-max."""
+    orthonormal: Literal["qr", "polar", "none"] | None = option(name="lowrank")
+    """lowrank: how the free parameter becomes orthonormal frames, or not."""
+    joint: bool | None = option(name="lowrank")
+    """lowrank: subspaces orthogonal to each other."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule x_t = alpha(t) x_0 + sigma(t) eps. Unset options take its defaults."""
+
+    name: Schedule = "ve"
+    """Which schedule; 've' is EDM's."""
+    sigma_min: float | None = option(gt=0, name="ve")
+    """ve: smallest noise level."""
+    sigma_max: float | None = option(gt=0, name="ve")
+    """ve: largest noise level."""
+    beta_min: float | None = option(gt=0, name="vp-linear")
+    """vp-linear: rate at t = 0."""
+    beta_max: float | None = option(gt=0, name="vp-linear")
+    """vp-linear: rate at t = 1."""
+    s: float | None = option(ge=0, name="vp-cosine")
+    """vp-cosine: offset."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Denoising score matching."""
+
+    parametrization: Literal["edm", "eps", "v", "x0", "velocity"] = "edm"
+    """What the network predicts."""
+    weight: Literal["edm", "snr", "min-snr", "uniform", "likelihood", "sigmoid"] = "edm"
+    """Weight of the clean-image error at each noise level."""
+    min_snr_gamma: float | None = option(gt=0, weight="min-snr")
+    """min-snr: largest weight."""
+    sigmoid_bias: float | None = option(weight="sigmoid")
+    """sigmoid: bias of the log-SNR."""
+    levels: Literal["log-normal", "log-uniform", "uniform", "logit-normal"] = "log-normal"
+    """Distribution of the noise levels trained on."""
+    level_mean: float | None = option(levels="log-normal logit-normal")
+    """log-normal, logit-normal: mean of the logarithm or logit."""
+    level_std: float | None = option(gt=0, levels="log-normal logit-normal")
+    """log-normal, logit-normal: standard deviation of it."""
+    level_min: float | None = option(gt=0, levels="log-uniform")
+    """log-uniform: smallest noise level."""
+    level_max: float | None = option(gt=0, levels="log-uniform")
+    """log-uniform: largest noise level."""
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their distribution."""
+    data_std: float | None = option(gt=0)
+    """Standard deviation of one coordinate of the data; unset measures it."""
+    label_dropout: float = option(0.0, ge=0, le=1)
+    """Share of labels hidden in training, for classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    name: Literal["adam", "adamw", "sgd", "lion", "muon"] = "adam"
+    """Which optimizer."""
+    lr: float = option(1e-3, gt=0)
+    """Peak learning rate."""
+    warmup: int = option(100, ge=0)
+    """Steps over which the learning rate grows from 0."""
+    decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "constant"
+    """Learning rate after the warm-up."""
+    final: float = option(0.0, ge=0, le=1)
+    """cosine, linear: last learning rate as a fraction of the peak."""
+    beta1: float = option(0.9, ge=0, lt=1)
+    """Decay of the gradient's average (the momentum of sgd)."""
+    beta2: float = option(0.999, ge=0, lt=1)
+    """Decay of the squared gradient's average."""
+    eps: float = option(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = option(0.0, ge=0)
+    """Decoupled weight decay (adamw, lion, muon)."""
+    clip: float = option(1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    accumulate: int = option(1, ge=1)
+    """Work through a batch in so many parts, to save memory."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of training and what is written on the way."""
+
+    steps: int = option(4000, ge=1)
+    """Updates in all; a larger number continues a finished run."""
+    batch_size: int = option(128, ge=1)
+    """Examples per update, over all devices together."""
+    ema: float = option(0.999, ge=0, lt=1)
+    """Decay of the moving average of the parameters, which samples come from; 0 keeps none."""
+    ema_std: float | None = option(gt=0, lt=0.28)
+    """Relative width of a power-function average instead (EDM2; 0.05 to 0.25)."""
+    sample_every: int = option(0, ge=0)
+    """Steps between sample grids in RUN/samples; 0 draws none."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the 'tensorboard' extra)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in RUN/checkpoints. One is always written at the end and when interrupted."""
+
+    every: int = option(1000, ge=1)
+    """Steps between checkpoints."""
+    keep: int = option(3, ge=1)
+    """How many of the newest to keep."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn: during training, and by 'lowdim sample' unless told otherwise."""
+
+    solver: Solver = "heun"
+    """Sampler."""
+    num_steps: int = option(18, ge=1)
+    """Steps from noise to data (heun calls the network twice per step)."""
+    num_samples: int = option(64, ge=1)
+    """How many samples."""
+    batch_size: int = option(64, ge=1)
+    """How many at a time."""
+    grid: Grid = "karras"
+    """Spacing of the noise levels."""
+    sigma_min: float | None = option(gt=0, grid="karras")
+    """karras: smallest noise level; unset takes 0.002 or the schedule's smallest."""
+    sigma_max: float | None = option(gt=0, grid="karras")
+    """karras: largest noise level; unset takes 80 or the schedule's largest."""
+    rho: float = option(7.0, gt=0)
+    """karras: 1 is uniform, larger puts more steps at low noise."""
+    churn: float = option(0.0, ge=0)
+    """heun: noise added back in, EDM's S_churn; 0 is deterministic."""
+    eta: float = option(0.0, ge=0, le=1)
+    """ddim: 0 is deterministic, 1 ancestral."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run; its defaults are the preset 'digits'."""
+
+    out: str = "runs/digits"
+    """Run directory; the same command again continues the run in it."""
+    seed: int = option(0, ge=0, lt=2**32)
+    """Seed of everything random: parameters, batches, noise."""
+    devices: int | None = option(ge=1)
+    """How many devices to train on; unset takes all."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def options_of(config: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field, Any]]:
+    """Return ``(dotted name, field, value)`` of every option of a config, sections opened."""
+    found = []
+    for f in dataclasses.fields(config):
+        name, value = prefix + f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found += options_of(value, f"{name}.")
+        else:
+            found.append((name, f, value))
+    return found
+
+
+def flag(name: str) -> str:
+    """Return the spelling of an option on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _misplaced(section: Any, f: dataclasses.Field) -> tuple[str, str, str] | None:
+    """Return ``(choice, chosen, allowed)`` if a set option belongs to another choice."""
+    if getattr(section, f.name) is None:
+        return None
+    for choice, allowed in f.metadata.get("only", {}).items():
+        chosen = getattr(section, choice)
+        if chosen not in allowed.split():
+            return choice, chosen, allowed
+    return None
+
+
+def settle(config: RunConfig, base: RunConfig) -> RunConfig:
+    """Return ``config`` without leftovers: options that only ``base`` set, for another choice.
+
+    ``--preset mnist --model.name mlp`` drops the preset's U-Net options this way; an option that
+    the user gave for the wrong network stays, and :func:`check` refuses it.
+    """
+    sections = {}
+    for f in dataclasses.fields(config):
+        section, old = getattr(config, f.name), getattr(base, f.name)
+        if dataclasses.is_dataclass(section) and not isinstance(section, type):
+            dropped = {
+                g.name: None
+                for g in dataclasses.fields(section)
+                if _misplaced(section, g)
+                and not _misplaced(old, g)
+                and getattr(section, g.name) == getattr(old, g.name)
+            }
+            sections[f.name] = dataclasses.replace(section, **dropped)
+    return dataclasses.replace(config, **sections)
+
+
+def check(config: RunConfig) -> None:
+    """Raise ``ValueError`` in one line if a value is out of range or options contradict."""
+    check_ranges(config)
+    for section_field in dataclasses.fields(config):
+        section = getattr(config, section_field.name)
+        for f in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if misplaced := _misplaced(section, f):
+                choice, chosen, allowed = misplaced
+                raise ValueError(
+                    f"{flag(f'{section_field.name}.{f.name}')} belongs to "
+                    f"{flag(f'{section_field.name}.{choice}')} {' or '.join(allowed.split())}, "
+                    f"but {choice} is {chosen!r}"
+                )
+    for section, low, high in (
+        ("schedule", "sigma_min", "sigma_max"),
+        ("schedule", "beta_min", "beta_max"),
+        ("loss", "level_min", "level_max"),
+        ("sample", "sigma_min", "sigma_max"),
+    ):
+        a, b = (getattr(getattr(config, section), name) for name in (low, high))
+        if a is not None and b is not None and a >= b:
+            raise ValueError(
+                f"{flag(f'{section}.{low}')} must be below {flag(f'{section}.{high}')}, "
+                f"got {a} and {b}"
+            )
+    if config.train.batch_size % config.optim.accumulate:
+        raise ValueError(
+            f"--train.batch-size {config.train.batch_size} does not divide into "
+            f"--optim.accumulate {config.optim.accumulate} parts"
+        )
+    if config.loss.label_dropout and not config.model.conditional:
+        raise ValueError("--loss.label-dropout hides labels, but --model.conditional is off")
+    if not config.out:
+        raise ValueError("--out is empty; give a directory")
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ``ValueError`` in one line if a number is outside the range of its option."""
+    for name, f, value in options_of(config):
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for number in values:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_bounds(name, number, f.metadata.get("bounds", {}))
+
+
+def _check_bounds(name: str, number: int | float, bounds: dict[str, Any]) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{flag(name)} must be finite, got {number}")
+    tests = {
+        "ge": (lambda bound: number >= bound, "at least"),
+        "gt": (lambda bound: number > bound, "above"),
+        "le": (lambda bound: number <= bound, "at most"),
+        "lt": (lambda bound: number < bound, "below"),
+    }
+    if not all(tests[k][0](bound) for k, bound in bounds.items()):
+        wanted = " and ".join(f"{tests[k][1]} {bound}" for k, bound in bounds.items())
+        raise ValueError(f"{flag(name)} must be {wanted}, got {number}")

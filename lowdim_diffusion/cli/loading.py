@@ -1,0 +1,65 @@
+"""A run read back from its directory, to sample from or to look at; the data are not needed."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowdim_diffusion import networks
+from lowdim_diffusion._types import Params
+from lowdim_diffusion.cli import build, toml
+from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.training import checkpoint
+
+__all__ = ["LoadedRun", "load_run"]
+
+
+class LoadedRun(NamedTuple):
+    """A run and a sound checkpoint of it."""
+
+    path: pathlib.Path
+    model: build.Model
+    step: int
+    params: Params
+    averaged: Params
+    """The moving average; ``params`` where there is none."""
+    data_sha256: str
+    """Of the examples trained on."""
+
+
+def load_run(path: str, step: int | None = None) -> LoadedRun:
+    """Return a run with a sound checkpoint; reads only, also beside a running training.
+
+    Args:
+        path: run directory.
+        step: which checkpoint; the newest sound one if None.
+
+    Raises:
+        CommandError: if there is no run, or it has no checkpoint yet.
+        NoUsableCheckpointError: if all checkpoints are damaged.
+    """
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise CommandError(f"no run directory {root}")
+    if not (root / "config.toml").is_file():
+        raise CommandError(f"{root} is not a run: it has no config.toml ('lowdim train' makes one)")
+    steps = checkpoint.all_steps(root / "checkpoints")
+    if not steps:
+        raise CommandError(f"{root} has no checkpoint yet", ExitCode.NO_CHECKPOINT)
+    if step is not None and step not in steps:
+        have = ", ".join(map(str, steps))
+        raise CommandError(f"{root} has no checkpoint of step {step}, only of {have}")
+    found = checkpoint.load(root / "checkpoints", step)
+    # What is in the checkpoint decides: config.toml may have been edited since.
+    config = toml.loads(found.meta["config"], source=f"{root}: checkpoint {found.step}")
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.meta["fixed"]["model"].items()
+    }
+    net = networks.make(options.pop("name"), **options)
+    model = build.Model(config, net, build.schedule(config.schedule))
+    state = jax.tree.map(jnp.asarray, found.state)
+    params, averages = state["params"], state.get("ema", {})
+    data = found.meta["fixed"]["data_sha256"]
+    return LoadedRun(root, model, found.step, params, averages.get("0", params), data)

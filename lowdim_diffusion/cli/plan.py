@@ -1,0 +1,55 @@
+"""What a run would do, without doing it: ``lowdim train --dry-run``."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lowdim_diffusion.cli import toml
+from lowdim_diffusion.cli.build import Parts
+
+__all__ = ["describe", "state_bytes"]
+
+
+def state_bytes(tree: Any) -> int:
+    """Return the size of the arrays of a state, from their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def describe(parts: Parts, mesh: Mesh) -> str:
+    """Return the resolved config and, below it, sizes and cadence; no array is made."""
+    config, net = parts.model.config, parts.model.net
+    shapes = jax.eval_shape(parts.init)
+    size = state_bytes(shapes)
+    batch, steps = config.train.batch_size, config.train.steps
+    saves = math.ceil(steps / config.checkpoint.every)
+    device = mesh.devices.flat[0]
+    rows = {
+        "data": parts.dataset.describe(),
+        "data std": f"{config.loss.data_std:g}",
+        "network": f"{net.name}, {net.num_params:,} parameters, "
+        f"{_bytes(state_bytes(shapes.params))}",
+        "devices": f"{mesh.size} x {device.device_kind}, mesh ({mesh.axis_names[0]}={mesh.size}), "
+        f"batch {batch} = {batch // mesh.size} per device",
+        "training": f"{steps:,} steps, {steps * batch:,} images, "
+        f"{steps / parts.batcher.steps_per_epoch:,.1f} epochs",
+        "state": f"{_bytes(size)} on every device (parameters, optimizer, moving average)",
+        "checkpoints": f"every {config.checkpoint.every:,} steps and at the end, {saves:,} in all, "
+        f"the newest {config.checkpoint.keep} kept: about "
+        f"{_bytes(min(saves, config.checkpoint.keep) * size)} of disk",
+        "samples": f"every {config.train.sample_every:,} steps"
+        if config.train.sample_every
+        else "none during training",
+        "out": config.out,
+    }
+    lines = [f"{name:<12} {value}" for name, value in rows.items()]
+    return "\n".join([toml.dumps(config).rstrip(), "", *(f"# {line}" for line in lines)])
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # pyright: ignore[reportAssignmentType]
+    return f"{count:.3g} TB"

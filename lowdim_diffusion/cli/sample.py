@@ -1,0 +1,121 @@
+"""``lowdim sample``: draw samples from a run's newest sound checkpoint."""
+
+import pathlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowdim_diffusion.cli.config import Grid, SampleConfig, Solver, option
+from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+
+__all__ = ["SampleArguments", "main"]
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """What ``lowdim sample`` is given; unset options are as in the run's own [sample] section."""
+
+    run: str = ""
+    """Run directory to sample from (required)."""
+    out: str | None = None
+    """File for the samples, .npz; pictures also go to a .png beside it. Unset: into the run."""
+    seed: int = option(0, ge=0, lt=2**32)
+    """Seed of the noise; sample number i depends on it and on i alone."""
+    checkpoint: int | None = option(ge=0)
+    """Step of the checkpoint; unset takes the newest sound one."""
+    num_samples: int | None = option(ge=1)
+    """How many."""
+    batch_size: int | None = option(ge=1)
+    """How many at a time."""
+    solver: Solver | None = None
+    """Sampler."""
+    steps: int | None = option(ge=1)
+    """Steps from noise to data."""
+    grid: Grid | None = None
+    """Spacing of the noise levels."""
+    churn: float | None = option(ge=0)
+    """heun: noise added back in; 0 is deterministic."""
+    eta: float | None = option(ge=0, le=1)
+    """ddim: 0 is deterministic, 1 ancestral."""
+    label: int | None = option(ge=0)
+    """Class to draw, for a run trained with --model.conditional; unset takes them in turn."""
+    average: bool = True
+    """Sample with the moving average of the parameters; --no-average takes the last ones."""
+    devices: int | None = option(ge=1)
+    """How many devices; unset takes all."""
+
+
+_EXAMPLES = """\
+lowdim sample --run runs/digits
+lowdim sample --run runs/mnist --num-samples 256 --solver dpmpp-2m --steps 12 --out samples.npz
+lowdim sample --run runs/mnist --solver heun --churn 20 --seed 1"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw and write samples; return the exit code."""
+    prog = "lowdim sample"
+    if wants_help(argv):
+        show_help(
+            f"{prog} --run DIR [--OPTION VALUE ...]",
+            "Draw samples from the newest sound checkpoint of a run.",
+            [],
+            SampleArguments(),
+            "Unset options are as in the [sample] section of the run's config.toml.",
+            _EXAMPLES,
+        )
+    given = parse(SampleArguments, argv, default=SampleArguments(), prog=prog)
+    check_options(given)
+    if not given.run:
+        raise CommandError("--run is needed: the directory of a run (lowdim sample --run DIR)")
+    return run(given)
+
+
+def run(given: SampleArguments) -> int:
+    """Draw and write samples; return the exit code."""
+    import numpy as np
+
+    from lowdim_diffusion import sharding
+    from lowdim_diffusion.cli import drawing
+    from lowdim_diffusion.cli.loading import load_run
+
+    mesh = sharding.data_mesh(given.devices)
+    loaded = load_run(given.run, given.checkpoint)
+    model = loaded.model
+    config = _settings(model.config.sample, given)
+    classes = model.net.num_classes
+    if given.label is not None and given.label >= classes:
+        have = f"has classes 0 to {classes - 1}" if classes else "was trained without labels"
+        raise CommandError(f"--label {given.label}: the run {have}")
+    params = loaded.averaged if given.average else loaded.params
+    begin = time.monotonic()
+    labels = drawing.default_labels(model, config.num_samples)
+    if given.label is not None:
+        labels = np.full(config.num_samples, given.label, np.int32)
+    x = drawing.sampler(model, config=config, mesh=mesh)(params, given.seed, labels)
+    spent = time.monotonic() - begin
+    name = f"step{loaded.step}-{config.solver}-{config.num_steps}-seed{given.seed}"
+    name += "" if given.label is None else f"-label{given.label}"
+    stem = pathlib.Path(given.run) / "samples" / name
+    if given.out is not None:
+        stem = pathlib.Path(given.out)
+        stem = stem.with_suffix("") if stem.suffix in (".npz", ".png") else stem
+    about: dict[str, Any] = {"step": loaded.step, "seed": given.seed, "solver": config.solver}
+    about |= {} if labels is None else {"labels": labels}
+    written = drawing.save(stem, x, **about)
+    print(
+        f"{len(x)} samples of step {loaded.step} by {config.solver}, {config.num_steps} steps, in "
+        f"{spent:.1f} s"
+    )
+    print("\n".join(map(str, written)))
+    return ExitCode.DONE
+
+
+def _settings(own: SampleConfig, given: SampleArguments) -> SampleConfig:
+    """Return the run's settings with what was given on top."""
+    names = ("num_samples", "batch_size", "solver", "grid", "churn", "eta")
+    set_: dict[str, Any] = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
+    if given.steps is not None:
+        set_["num_steps"] = given.steps
+    return replace(own, **set_)

@@ -1,0 +1,178 @@
+"""``lowdim train``: train a model, or continue the run that is there."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowdim_diffusion.cli import toml
+from lowdim_diffusion.cli.config import RunConfig
+from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.parse import parse_run
+
+__all__ = ["main", "run"]
+
+_DESCRIPTION = """\
+Train a diffusion model. The same command again continues where the run stopped, bit for bit;
+ctrl-C and SIGTERM save first (exit code 75). A larger --train.steps continues a finished run."""
+_EXAMPLES = """\
+lowdim train                                         # the built-in digits
+lowdim train --preset mnist --data.path ~/mnist --out runs/mnist
+lowdim train --out runs/mnist                        # continue it
+lowdim train --out runs/mnist --train.steps 20000    # train on
+lowdim train --data.path photos/ --data.size 32 --model.channels 64 --model.channel-mult 1 2 2
+lowdim train --preset cifar10-paper --data.path ~/cifar-10-batches-py --dry-run
+lowdim train --config runs/mnist/config.toml --seed 1 --out runs/mnist-seed1"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the arguments and train; return the exit code."""
+    given = parse_run(argv, prog="lowdim train", description=_DESCRIPTION, examples=_EXAMPLES)
+    return run(given.run, dry_run=given.dry_run)
+
+
+def run(config: RunConfig, *, dry_run: bool = False, hints: bool = True) -> int:
+    """Train as the config says; return ``DONE`` or ``PREEMPTED``, everything written and synced.
+
+    Args:
+        config: the run.
+        dry_run: only say what would be done.
+        hints: end with what to do next.
+    """
+    from lowdim_diffusion import sharding
+    from lowdim_diffusion.cli import build, plan
+
+    mesh = sharding.data_mesh(config.devices)
+    sharding.check_batch(config.train.batch_size, mesh.size)
+    local = config.train.batch_size // mesh.size
+    if local % config.optim.accumulate:
+        raise CommandError(
+            f"--optim.accumulate {config.optim.accumulate} does not divide the {local} examples "
+            f"of each device (--train.batch-size {config.train.batch_size} on {mesh.size} devices)"
+        )
+    parts = build.parts(config)
+    if dry_run:
+        print(plan.describe(parts, mesh))
+        return ExitCode.DONE
+    stdout: Any = _Patient(sys.stdout)
+    with contextlib.redirect_stdout(stdout):
+        return _train(config, parts, mesh, hints)
+
+
+def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
+    from lowdim_diffusion import training
+    from lowdim_diffusion.cli import build, drawing
+    from lowdim_diffusion.training.progress import ConsoleMonitor
+    from lowdim_diffusion.training.rundir import RunDirectory
+    from lowdim_diffusion.training.trainer import train
+
+    config, net = parts.model.config, parts.model.net
+    sinks = [_TensorBoard(config.out)] if config.train.tensorboard else []
+    monitor = ConsoleMonitor(unit="images" if parts.dataset.is_image else "examples")
+    with RunDirectory(config.out) as directory:
+        kind = mesh.devices.flat[0].device_kind
+        monitor.note(parts.dataset.describe())
+        monitor.note(f"{net.name} with {net.num_params:,} parameters on {mesh.size} x {kind}")
+
+        labels = drawing.default_labels(parts.model, config.sample.num_samples)
+        sampler = drawing.sampler(parts.model, mesh=mesh)
+
+        def draw(step: int, state: training.TrainState) -> None:
+            made = sampler(state.averaged, config.seed, labels)
+            drawing.save(directory.samples_path / f"step-{step:08d}", made)
+
+        outcome = train(
+            directory,
+            parts.init,
+            parts.train_step,
+            parts.batcher.examples,
+            parts.batcher.arrays,
+            batch_size=config.train.batch_size,
+            num_steps=config.train.steps,
+            key=parts.key,
+            mesh=mesh,
+            # As given: what the data decide is measured anew from other data.
+            config_text=toml.dumps(given),
+            fixed=build.fixed(parts),
+            meta={"config": toml.dumps(config), "data": parts.dataset.describe()},
+            checkpoint_every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
+            sample_every=config.train.sample_every,
+            sample_fn=draw if config.train.sample_every else None,
+            monitor=monitor,
+            sinks=sinks,
+        )
+    for sink in sinks:
+        sink.close()
+    if outcome.status == "already done":
+        monitor.note(
+            f"{config.out} is done already: step {outcome.first_step} of {config.train.steps}; "
+            "a larger --train.steps trains on"
+        )
+        return ExitCode.DONE
+    rate = f"{outcome.images_per_s:,.0f}/s, compiled in {outcome.compile_s:.1f} s"
+    if outcome.status == "stopped":
+        monitor.note(f"stopped and saved ({rate}); the same command continues")
+        return ExitCode.PREEMPTED
+    steps = config.train.steps - outcome.first_step
+    monitor.note(f"done: {steps} steps in {outcome.time_s:.1f} s ({rate})")
+    monitor.note(f"run directory: {config.out}")
+    if hints:
+        monitor.note(f"next: lowdim sample --run {config.out}, lowdim analyze --run {config.out}")
+    return ExitCode.DONE
+
+
+class _TensorBoard:
+    """A sink of metrics rows that writes TensorBoard events, from the first row's step on."""
+
+    def __init__(self, out: str):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise CommandError(
+                "--train.tensorboard needs tensorboardX: "
+                'pip install "lowdim-diffusion[tensorboard]"'
+            ) from None
+        self._open = lambda step: SummaryWriter(os.path.join(out, "tensorboard"), purge_step=step)
+        self._writer: Any = None
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            self._writer = self._open(row["step"])
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Patient:
+    """A text stream that forgets what it is told once its reader has gone away.
+
+    Training goes on when ``lowdim train | head`` has seen enough.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._forget()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._forget()
+
+    def _forget(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

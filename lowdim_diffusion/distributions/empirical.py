@@ -1,0 +1,245 @@
+r"""The empirical distribution of a data set, whose denoiser is the memorising optimum.
+
+.. math::
+
+   x_0 \sim \tfrac1N\sum_i \delta_{y_i},\qquad
+   w_i(x) = \operatorname{softmax}_i\big(-\|x - a y_i\|^2 / 2 s^2\big),\qquad
+   D(x) = \sum_i w_i y_i,\qquad \frac{dD}{dx} = \frac{a}{s^2}\sum_i w_i (y_i - D)(y_i - D)^T .
+
+Every sum runs over the data in blocks with a running maximum (streaming log-sum-exp), so neither
+``[b, N, n]`` nor, for the mean and the score, ``[b, N]`` is ever stored. Distances are sums of
+squared
+differences: expanding the square is faster but loses ``eps ||x||^2 / s^2`` in the exponent,
+    everything at
+small noise.
+
+References:
+    Zhang, Zhou, Lu, Guo, Wang, Shen, Qu 2023, arXiv 2310.05264 (section on the theoretical
+    optimum); Karras et al. 2022, arXiv 2206.00364, eq. (57).
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowdim_diffusion._checks import check_int, fail
+from lowdim_diffusion._types import Array, ArrayLike, Float, Int, PRNGKey
+from lowdim_diffusion.distributions._base import (
+    Distribution,
+    noisy_arguments,
+    real_array,
+    register_pytree,
+    resolvable_noise,
+    set_fields,
+)
+from lowdim_diffusion.linalg import log_2pi
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@register_pytree
+@dataclass(frozen=True, eq=False, init=False)
+class Empirical(Distribution):
+    """Uniform distribution on the rows of ``data``; a duplicate counts as often as it occurs.
+
+    Args:
+        data: ``[N, *shape]``, N >= 1. Points ``x`` may be ``[b, *shape]`` or flattened.
+        block_size: rows of the data that are visited at once. A keyword; not a leaf of the pytree.
+
+    Raises:
+        ValueError: if ``data`` is empty or has no data axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> p = Empirical(jnp.array([[-1.0], [1.0]]))
+        >>> print(p.posterior_mean(jnp.array([[0.5]]), 1.0, 1.0).round(6))  # tanh(x / sigma^2)
+        [[0.462117]]
+    """
+
+    data: Float[Array, "num *shape"]
+    block_size: int = field(metadata={"static": True})
+
+    def __init__(self, data: ArrayLike, *, block_size: int = 1024) -> None:
+        if np.ndim(data) < 2 or 0 in np.shape(data):
+            fix = "give one row per example, data[:, None] for scalars"
+            raise fail("Empirical", "wrong shape of data", "(num, *shape)", np.shape(data), fix)
+        check_int("Empirical", "block_size", block_size)
+        set_fields(self, data=real_array(data), block_size=block_size)
+
+    def sample(
+        self, key: PRNGKey, num_samples: int
+    ) -> tuple[Float[Array, "num_samples *shape"], Int[Array, " num_samples"]]:
+        """Return ``(x0 [num_samples, *shape], labels)``; the labels are rows of the data."""
+        check_int("Empirical.sample", "num_samples", num_samples)
+        labels = jax.random.randint(key, (num_samples,), 0, self.data.shape[0])
+        return self.data[labels], labels
+
+    def log_prob(
+        self, x: ArrayLike, alpha: ArrayLike = 1.0, sigma: ArrayLike = 0.0
+    ) -> Float[Array, " b"]:
+        """Return the log-density ``[b]`` of ``alpha x_0 + sigma eps`` at ``x: [b, *data]``.
+
+        At ``sigma = 0`` there is no density: minus infinity off the points, plus infinity on them
+        (within rounding).
+        """
+        flat, a, s = self._arguments("Empirical.log_prob", x, alpha, sigma)
+        num, dim = self._rows.shape
+        floored = self._floored(flat, s)
+        largest, total, _ = self._reduce(flat, a, floored, with_mean=False)
+        regular = (
+            largest + jnp.log(total) - math.log(num) - dim * (0.5 * log_2pi() + jnp.log(floored))
+        )
+        eps = jnp.finfo(flat.dtype).eps
+        nearest = floored * jnp.sqrt(-2 * jax.lax.stop_gradient(largest))
+        on_point = nearest <= 4 * eps * jnp.linalg.norm(jax.lax.stop_gradient(flat), axis=-1)
+        return jnp.where(s > 0, regular, jnp.where(on_point, jnp.inf, -jnp.inf))
+
+    def score(self, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Float[Array, "b *data"]:
+        """Return ``(alpha D(x) - x) / sigma^2``, shaped like ``x: [b, *data]``; for ``sigma > 0``.
+
+        At ``sigma = 0`` the value is the one at the smallest noise that the rounding of ``x``
+        resolves.
+        """
+        flat, a, s = self._arguments("Empirical.score", x, alpha, sigma)
+        s = self._floored(flat, s)
+        mean = self._mean(flat, a, s)
+        return ((a[:, None] * mean - flat) / s[:, None] / s[:, None]).reshape(jnp.shape(x))
+
+    def posterior_mean(
+        self, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike
+    ) -> Float[Array, "b *data"]:
+        """Return the weighted mean of the data, shaped like ``x: [b, *data]``.
+
+        As ``sigma -> 0`` (and at 0) it is the nearest point, exact ties averaged; without signal it
+        is the mean of the data.
+        """
+        flat, a, s = self._arguments("Empirical.posterior_mean", x, alpha, sigma)
+        return self._mean(flat, a, self._floored(flat, s)).reshape(jnp.shape(x))
+
+    def posterior_weights(
+        self, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike
+    ) -> Float[Array, "b num"]:
+        """Return ``w: [b, N]``, the probability of each data point given ``x``; rows sum to 1."""
+        flat, a, s = self._arguments("Empirical.posterior_weights", x, alpha, sigma)
+        s = self._floored(flat, s)
+        num = self.data.shape[0]
+
+        def body(logits: Array, i: Array) -> tuple[Array, None]:
+            rows, _, start = self._block(i, flat.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(
+                logits, _logits(flat, rows, a, s), start, axis=1
+            ), None
+
+        logits = jnp.zeros((flat.shape[0], num), flat.dtype)
+        logits, _ = jax.lax.scan(body, logits, jnp.arange(self._num_blocks))
+        return jax.nn.softmax(logits, axis=-1)
+
+    def posterior_jacobian(
+        self, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike
+    ) -> Float[Array, "b dim dim"]:
+        """Return ``(alpha / sigma^2) Cov_w(y)``: ``[b, n, n]``, symmetric, PSD."""
+        flat, a, s = self._arguments("Empirical.posterior_jacobian", x, alpha, sigma)
+        s = self._floored(flat, s)
+        # Moments about the mean of a first pass; what its weights and these differ by in rounding
+        # cancels in `second - first first^T`, which uses one set of weights only.
+        reference = self._mean(flat, a, s)
+        dim = flat.shape[-1]
+
+        def one(args: tuple[Array, ...]) -> Array:
+            x, a, s, reference = args
+
+            def body(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+                largest, total, first, second = carry
+                rows, fresh, _ = self._block(i, x.dtype)
+                logits = _logits(x[None], rows, a[None], s[None])[0]
+                larger, rescale, w = _running_softmax(largest, logits, fresh)
+                spread = (rows - reference[None]) / s
+                weighted = w[:, None] * spread
+                total = total * rescale + jnp.sum(w)
+                first = first * rescale + jnp.sum(weighted, axis=0)
+                update = jnp.matmul(weighted.T, spread, precision=_HIGHEST)
+                return (larger, total, first, second * rescale + update), None
+
+            zero = jnp.zeros((), x.dtype)
+            carry = (zero - jnp.inf, zero, jnp.zeros_like(x), jnp.zeros((dim, dim), x.dtype))
+            carry, _ = jax.lax.scan(jax.checkpoint(body), carry, jnp.arange(self._num_blocks))
+            _, total, first, second = carry
+            first, second = first / total, second / total
+            return a * (0.5 * (second + second.T) - first[:, None] * first[None, :])
+
+        return jax.lax.map(one, (flat, a, s, reference))
+
+    def moments(self) -> tuple[Float[Array, " dim"], Float[Array, "dim dim"]]:
+        """Return the mean ``[n]`` and covariance ``[n, n]`` (divided by N) of the data."""
+        mean = jnp.mean(self._rows, axis=0)
+        centred = self._rows - mean[None]
+        covariance = jnp.matmul(centred.T, centred, precision=_HIGHEST) / centred.shape[0]
+        return mean, covariance
+
+    @property
+    def _rows(self) -> Array:
+        return self.data.reshape(self.data.shape[0], -1)
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.data.shape[0] // self.block_size)
+
+    def _arguments(
+        self, where: str, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike
+    ) -> tuple[Array, Array, Array]:
+        return noisy_arguments(where, x, alpha, sigma, self.data, math.prod(self.data.shape[1:]))
+
+    @staticmethod
+    def _floored(x: Array, sigma: Array) -> Array:
+        return jnp.where(sigma > 0, sigma, resolvable_noise(x))
+
+    def _block(self, i: Array, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+        """Rows of block ``i``, which of them no earlier block had, and the number of the first.
+
+        The last block reaches back over rows already seen instead of beyond the end.
+        """
+        rows = self._rows
+        size = min(self.block_size, rows.shape[0])
+        start = jnp.minimum(i * size, rows.shape[0] - size)
+        fresh = start + jnp.arange(size) >= i * size
+        return jax.lax.dynamic_slice_in_dim(rows, start, size).astype(dtype), fresh, start
+
+    def _mean(self, x: Array, a: Array, s: Array) -> Array:
+        _, total, sums = self._reduce(x, a, s, with_mean=True)
+        return sums / total[:, None]
+
+    def _reduce(
+        self, x: Array, a: Array, s: Array, *, with_mean: bool
+    ) -> tuple[Array, Array, Array]:
+        """Return the largest logit, ``sum_i e_i``, ``sum_i e_i y_i``; e = exp(logit - largest)."""
+
+        def body(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+            largest, total, sums = carry
+            rows, fresh, _ = self._block(i, x.dtype)
+            larger, rescale, w = _running_softmax(largest, _logits(x, rows, a, s), fresh)
+            total = total * rescale + jnp.sum(w, axis=-1)
+            if with_mean:
+                sums = sums * rescale[:, None] + jnp.matmul(w, rows, precision=_HIGHEST)
+            return (larger, total, sums), None
+
+        lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+        carry = (lowest, jnp.zeros_like(lowest), jnp.zeros_like(x))
+        carry, _ = jax.lax.scan(jax.checkpoint(body), carry, jnp.arange(self._num_blocks))
+        return carry
+
+
+def _logits(x: Array, rows: Array, a: Array, s: Array) -> Array:
+    """``-||x - a y||^2 / 2 s^2`` for points ``x [b, n]`` and ``rows [m, n]``: ``[b, m]``."""
+    difference = x[:, None, :] - a[:, None, None] * rows[None]
+    squared = jnp.sum(difference**2, axis=-1)
+    return -0.5 * (squared / s[:, None] / s[:, None])
+
+
+def _running_softmax(largest: Array, logits: Array, fresh: Array) -> tuple[Array, Array, Array]:
+    """Return the new maximum, the factor for sums kept so far, and ``exp(logits - maximum)``."""
+    logits = jnp.where(fresh.reshape((1,) * (logits.ndim - 1) + fresh.shape), logits, -jnp.inf)
+    larger = jnp.maximum(largest, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+    return larger, jnp.exp(largest - larger), jnp.exp(logits - larger[..., None])

@@ -1,0 +1,18 @@
+"""Generalization against memorization: nearest training examples and the scores built on them."""
+
+from lowdim_diffusion.generalization.neighbors import Nearest, nearest
+from lowdim_diffusion.generalization.scores import (
+    generalization_score,
+    memorized_fraction,
+    pixel_embedding,
+    reproducibility_score,
+)
+
+__all__ = [
+    "Nearest",
+    "generalization_score",
+    "memorized_fraction",
+    "nearest",
+    "pixel_embedding",
+    "reproducibility_score",
+]

@@ -1,0 +1,237 @@
+r"""Small linear algebra that the rest builds on: frames, projectors, polar factors.
+
+A *frame* is an array ``[..., dim, rank]`` with orthonormal columns; it stands for the subspace
+that its columns span. Everything here broadcasts over leading axes and keeps the dtype.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowdim_diffusion._checks import check_int, fail
+from lowdim_diffusion._types import Array, Float, Int, PRNGKey
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def expand_right(a: Any, ndim: int) -> Array:
+    """Return ``a`` with trailing axes of length 1 appended until it has ``ndim`` axes.
+
+    Times and scales of shape ``()`` or ``[b]`` then broadcast against examples ``[b, *data]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> expand_right(jnp.ones(4), 3).shape
+        (4, 1, 1)
+        >>> expand_right(2.0, 3).shape
+        ()
+    """
+    a = jnp.asarray(a)
+    return a if a.ndim == 0 else a.reshape(a.shape + (1,) * (ndim - a.ndim))
+
+
+def orthonormalize(a: Float[Array, "*k dim rank"]) -> Float[Array, "*k dim rank"]:
+    r"""Return the orthonormal factor Q of ``a = QR`` with a positive diagonal of R.
+
+    With that sign convention Q is a smooth function of a full-rank ``a``, and a Gaussian ``a``
+    gives a uniformly distributed frame (Mezzadri 2007, math-ph/0609050). A rank-deficient ``a``
+    gives a frame whose surplus directions are arbitrary.
+
+    Args:
+        a: ``[..., dim, rank]`` with ``dim >= rank``.
+
+    Raises:
+        ValueError: if there are more columns than rows.
+    """
+    if a.shape[-2] < a.shape[-1]:
+        raise fail("orthonormalize", "too many columns", f"at most {a.shape[-2]}", a.shape[-1])
+    q, r = jnp.linalg.qr(a)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    sign = jnp.where(diagonal < 0, -1, 1).astype(a.dtype)
+    return q * sign[..., None, :]
+
+
+def random_frames(
+    key: PRNGKey,
+    num_components: int,
+    dim: int,
+    rank: int,
+    *,
+    orthogonal: bool = False,
+    dtype: Any = jnp.float32,
+) -> Float[Array, "num_components dim rank"]:
+    """Return ``num_components`` uniformly random frames, mutually orthogonal if asked.
+
+    Args:
+        key: typed random key.
+        num_components: K.
+        dim: ambient dimension n.
+        rank: subspace dimension d <= n.
+        orthogonal: make the subspaces mutually orthogonal, which needs ``K d <= n``.
+        dtype: floating dtype of the result.
+
+    Example:
+        >>> import jax
+        >>> random_frames(jax.random.key(0), 2, 48, 6, orthogonal=True).shape
+        (2, 48, 6)
+    """
+    check_int("random_frames", "num_components", num_components)
+    check_int("random_frames", "rank", rank)
+    if rank > dim:
+        raise fail("random_frames", "rank too large", f"at most dim = {dim}", rank)
+    if not orthogonal:
+        return orthonormalize(jax.random.normal(key, (num_components, dim, rank), dtype))
+    if num_components * rank > dim:
+        raise fail(
+            "random_frames",
+            "no room for mutually orthogonal subspaces",
+            f"num_components * rank <= dim = {dim}",
+            num_components * rank,
+            "lower the rank or pass orthogonal=False",
+        )
+    joint = orthonormalize(jax.random.normal(key, (dim, num_components * rank), dtype))
+    return joint.reshape(dim, num_components, rank).transpose(1, 0, 2)
+
+
+def project(basis: Float[Array, "*k dim rank"], x: Float[Array, "*b dim"]) -> Array:
+    """Return ``U U^T x`` for each vector ``x: [..., dim]``, without forming the projector.
+
+    Leading axes of ``basis`` and ``x`` broadcast against each other.
+    """
+    coefficients = jnp.einsum("...nd,...n->...d", basis, x, precision=_HIGHEST)
+    return jnp.einsum("...nd,...d->...n", basis, coefficients, precision=_HIGHEST)
+
+
+def polar(a: Float[Array, "*k dim rank"]) -> Float[Array, "*k dim rank"]:
+    r"""Return the orthonormal factor of the polar decomposition, the frame nearest to ``a``.
+
+    ``polar(A) = A (A^T A)^{-1/2}`` minimises ``||A - Q||_F`` over orthonormal Q. Its derivative is
+    written out below because differentiating the SVD breaks down when singular values coincide,
+    which they do at every orthonormal A:
+
+    .. math:: dQ = Q V [ (V^T (Q^T dA - dA^T Q) V)_{ij} / (s_i + s_j) ] V^T + (I - QQ^T) dA P^{-1}.
+
+    Args:
+        a: ``[..., dim, rank]`` of full column rank, ``dim >= rank``.
+    """
+    if a.shape[-2] < a.shape[-1]:
+        raise fail("polar", "too many columns", f"at most {a.shape[-2]}", a.shape[-1])
+    return _polar(a)
+
+
+@jax.custom_jvp
+def _polar(a: Array) -> Array:
+    u, _, vt = jnp.linalg.svd(a, full_matrices=False)
+    return jnp.matmul(u, vt, precision=_HIGHEST)
+
+
+@_polar.defjvp
+def _polar_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]:
+    (a,), (da,) = primals, tangents
+    u, s, vt = jnp.linalg.svd(a, full_matrices=False)
+    mm = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
+    t = lambda x: jnp.swapaxes(x, -1, -2)
+    q = mm(u, vt)
+    b = mm(t(u), mm(da, t(vt)))  # in the singular frames: U^T dA V
+    tiny = jnp.finfo(a.dtype).tiny
+    inner = (b - t(b)) / jnp.maximum(s[..., :, None] + s[..., None, :], tiny)
+    normal = da - mm(q, mm(t(q), da))
+    outer = mm(mm(normal, t(vt)) / jnp.maximum(s, tiny)[..., None, :], vt)
+    return q, mm(u, mm(inner, vt)) + outer
+
+
+def largest_divisor(total: int, limit: int) -> int:
+    """Return the largest divisor of ``total`` that is at most ``limit``."""
+    return next(d for d in range(min(total, max(limit, 1)), 0, -1) if total % d == 0)
+
+
+def safe_sqrt(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Return ``sqrt(max(x, 0))`` with derivative 0, not infinity, where ``x <= 0``."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def log_2pi() -> float:
+    """Return ``log(2 pi)``."""
+    return math.log(2 * math.pi)
+
+
+class BlockSVD(NamedTuple):
+    """Leading singular triplets of a linear map and how far the iteration that found them came."""
+
+    u: Float[Array, "*k out rank"]
+    s: Float[Array, "*k rank"]
+    v: Float[Array, "*k dim rank"]
+    change: Float[Array, "*k"]
+    """How far the right subspace still turned in the last iteration (a sine); compare with tol."""
+    num_iters: Int[Array, ""]
+
+
+def block_power(
+    matmat: Callable[[Array], Array],
+    rmatmat: Callable[[Array], Array],
+    start: Float[Array, "*k dim width"],
+    *,
+    rank: int,
+    max_iters: int = 50,
+    tol: float = 1e-4,
+) -> BlockSVD:
+    r"""Return the leading singular triplets of a linear map A known only by its products.
+
+    Subspace iteration with a Rayleigh-Ritz step, for a stack of maps at once:
+
+    .. math:: Q R = A V, \quad W = A^T Q, \quad W = P S O^T, \quad
+        U \leftarrow Q O,\; s \leftarrow S,\; V \leftarrow P.
+
+    Columns beyond ``rank`` are a buffer that speeds up convergence, which is linear with ratio
+    ``(s_{width+1} / s_rank)^2``; errors of the singular values are the square of the angle's. The
+    orthonormal factors come from Householder QR, which stays accurate when A has lower rank than
+    the block.
+
+    Iteration stops when the leading ``rank`` vectors of every map lie within ``tol`` (a sine) of
+    the previous *block*: rotations inside equal singular values do not count, nor do directions
+    whose singular value is lost in rounding (below about ``100 eps s_1``).
+
+    Args:
+        matmat: ``[..., dim, width] -> [..., out, width]``, A applied to each column.
+        rmatmat: ``[..., out, width] -> [..., dim, width]``, the transpose of A.
+        start: ``[..., dim, width]``, full rank; a random or a neighbouring problem's V.
+        rank: number of triplets wanted, <= width.
+        max_iters: bound on the iterations, each with one product by A and one by its transpose.
+        tol: see above.
+
+    References:
+        Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
+    """
+    check_int("block_power", "rank", rank)
+    check_int("block_power", "max_iters", max_iters)
+    if rank > start.shape[-1]:
+        raise fail("block_power", "rank too large", f"at most width = {start.shape[-1]}", rank)
+    mm = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
+    t = lambda x: jnp.swapaxes(x, -1, -2)
+    rounding = 100 * jnp.finfo(start.dtype).eps
+
+    def iterate(v: Array) -> tuple[Array, Array, Array, Array]:
+        q, _ = jnp.linalg.qr(matmat(v))
+        p, r = jnp.linalg.qr(rmatmat(q))
+        left, s, right = jnp.linalg.svd(r)
+        new = mm(p, left)
+        lead = new[..., :rank]
+        turned = jnp.linalg.norm(lead - mm(v, mm(t(v), lead)), axis=-2)
+        s_lead = s[..., :rank]
+        floor = rounding / tol * s_lead[..., :1]
+        weight = s_lead / jnp.where(s_lead + floor > 0, s_lead + floor, 1)
+        return mm(q, t(right)), s, new, jnp.max(weight * turned, axis=-1)
+
+    def running(carry: Any) -> Array:
+        step, (_, _, _, change) = carry
+        return (step < max_iters) & jnp.any(change > tol)
+
+    first = iterate(jnp.linalg.qr(start)[0])  # outside the loop: the carry then has its final type
+    num_iters, (u, s, v, change) = jax.lax.while_loop(
+        running, lambda carry: (carry[0] + 1, iterate(carry[1][2])), (jnp.asarray(1), first)
+    )
+    return BlockSVD(u[..., :rank], s[..., :rank], v[..., :rank], change, num_iters)

@@ -1,0 +1,91 @@
+"""Networks behind a pure pair ``init(key) -> params``, ``apply(params, x, c_noise, cond) -> out``.
+
+===========  =============================================================  ==============
+name         what                                                           data
+===========  =============================================================  ==============
+``lowrank``  the low-rank denoising autoencoder of the theory               any
+``linear``   an affine map                                                  any
+``mlp``      a residual MLP                                                 any, flattened
+``unet``     a U-Net of the DDPM++ / EDM family                             images, NHWC
+``dit``      a diffusion transformer                                        images, NHWC
+===========  =============================================================  ==============
+
+``c_noise = log(sigma / alpha) / 4`` (Karras et al. 2022, arXiv 2206.00364). A flax module of your
+own joins by :func:`from_linen` or :func:`from_nnx`. Parameters are plain trees of float32 arrays,
+and no module class is part of the contract; flax is imported when a network that needs it is made.
+"""
+
+import difflib
+import importlib
+from dataclasses import MISSING, fields
+from typing import Any
+
+from lowdim_diffusion._checks import fail
+from lowdim_diffusion.networks._network import Network
+from lowdim_diffusion.networks.adapters import from_linen, from_nnx
+
+__all__ = ["NAMES", "Network", "from_linen", "from_nnx", "make", "options"]
+
+NAMES = ("dit", "linear", "lowrank", "mlp", "unet")
+
+
+def make(name: str, **config: Any) -> Network:
+    """Return the network of this name.
+
+    Args:
+        name: one of ``NAMES``.
+        **config: its options (see ``options(name)`` and the ``Config`` of the network's module);
+            ``data_shape``, the shape of one example, is always needed.
+
+    Raises:
+        ValueError: for an unknown name or option (with the nearest known one), or a bad value.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = make("mlp", data_shape=(48,), width=32, depth=1)
+        >>> params = net.init(jax.random.key(0))
+        >>> net.apply(params, jnp.ones((5, 48)), jnp.log(0.1) / 4).shape
+        (5, 48)
+    """
+    module = _load(name)
+    known = options(name)
+    for key in config:
+        if key not in known:
+            raise fail(
+                f"make({name!r})",
+                "unknown option",
+                "one of " + ", ".join(known),
+                repr(key),
+                _suggest(key, known),
+            )
+    if "data_shape" not in config:
+        what, expected = "missing data_shape", "the shape of one example, e.g. (8, 8, 1)"
+        raise fail(f"make({name!r})", what, expected, "none")
+    return module.build(module.Config(**config))
+
+
+def options(name: str) -> dict[str, Any]:
+    """Return the options of a network with their defaults; ``data_shape``, which has none, is None.
+
+    Example:
+        >>> options("linear")
+        {'data_shape': None}
+    """
+    return {f.name: None if f.default is MISSING else f.default for f in fields(_load(name).Config)}
+
+
+def _load(name: str) -> Any:
+    if name not in NAMES:
+        raise fail(
+            "make",
+            "unknown network",
+            "one of " + ", ".join(NAMES),
+            repr(name),
+            _suggest(name, NAMES),
+        )
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _suggest(word: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,170 @@
+r"""Layers that the networks share. They compute in the dtype of their input; sums run in float32.
+
+The names of the parameters say how they start (see ``_module``).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowdim_diffusion._types import Array
+from lowdim_diffusion.linalg import largest_divisor
+from lowdim_diffusion.networks._conv import conv
+
+_SHAPE_ONLY = nn.initializers.zeros  # values come from `_module`
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Dense(nn.Module):
+    """Affine map of the last axis; ``zero`` starts it at zero."""
+
+    features: int
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        name = "zero_kernel" if self.zero else "kernel"
+        kernel = self.param(name, _SHAPE_ONLY, (x.shape[-1], self.features))
+        bias = self.param("bias", _SHAPE_ONLY, (self.features,))
+        y = jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype))
+        return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+class Conv(nn.Module):
+    """SAME convolution of NHWC images; ``zero`` starts it at zero."""
+
+    features: int
+    size: int = 3
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        name = "zero_kernel" if self.zero else "kernel"
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param(name, _SHAPE_ONLY, shape)
+        bias = self.param("bias", _SHAPE_ONLY, (self.features,))
+        y = conv(x, kernel.astype(x.dtype))
+        return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, ``min(32, channels / 4)`` groups or the nearest smaller divisor."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", _SHAPE_ONLY, (channels,))
+        bias = self.param("bias", _SHAPE_ONLY, (channels,))
+        groups = largest_divisor(channels, min(32, channels // 4))
+        return group_norm(x, scale, bias, groups, film=film, eps=self.eps)
+
+
+def group_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    num_groups: int,
+    *,
+    film: tuple[Array, Array] | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """Return ``(x - mean) / std * scale + bias`` with moments per example and group of channels.
+
+    Both moments come from one pass over ``x``, in float32 or wider; the normalisation, the affine
+    map and ``film`` fold into one multiply-add per entry.
+
+    Args:
+        x: ``[b, h, w, c]``.
+        scale: ``[c]``.
+        bias: ``[c]``.
+        num_groups: divides ``c``.
+        film: further ``(scale - 1, bias)`` of shape ``[b, c]``, applied after the first.
+        eps: added to the variance.
+    """
+    wide = _wide(x.dtype)
+    batch, channels = x.shape[0], x.shape[-1]
+    entries = x.astype(wide)
+    of_group = lambda m: m.reshape(batch, num_groups, -1).mean(-1)
+    mean = of_group(entries.mean((1, 2)))
+    var = jnp.maximum(of_group((entries * entries).mean((1, 2))) - mean * mean, 0)
+    to_channels = lambda m: jnp.repeat(m, channels // num_groups, axis=1)
+    a = to_channels(jax.lax.rsqrt(var + eps)) * scale.astype(wide)[None]
+    b = bias.astype(wide)[None] - to_channels(mean) * a
+    if film is not None:
+        gain = 1 + film[0].astype(wide)
+        a, b = a * gain, b * gain + film[1].astype(wide)
+    return (entries * a[:, None, None] + b[:, None, None]).astype(x.dtype)
+
+
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
+    """Return ``x`` with mean 0 and variance 1 along the last axis, no parameters."""
+    entries = x.astype(_wide(x.dtype))
+    entries = entries - entries.mean(-1, keepdims=True)
+    var = (entries * entries).mean(-1, keepdims=True)
+    return (entries * jax.lax.rsqrt(var + eps)).astype(x.dtype)
+
+
+def modulate(x: Array, scale: Array, shift: Array) -> Array:
+    """Return ``x (1 + scale) + shift`` with one scale and shift per example and feature."""
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1],)
+    return x * (1 + scale.reshape(shape)) + shift.reshape(shape)
+
+
+def attend(q: Array, k: Array, v: Array, num_heads: int) -> Array:
+    """Return soft-max attention of ``[b, tokens, features]`` arrays, the soft-max in float32."""
+    split = lambda a: a.reshape(*a.shape[:2], num_heads, -1)
+    q, k, v = split(q), split(k), split(v)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=_wide(q.dtype))
+    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def dropout(x: Array, rate: float, keys: Array | None, layer: int) -> Array:
+    """Return ``x`` with entries dropped at ``rate`` and the rest scaled up; one key per example.
+
+    ``layer`` tells the layers of a network apart. Without keys nothing is dropped.
+    """
+    if keys is None or rate == 0:
+        return x
+    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, x.shape[1:])
+    return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
+
+
+def sinusoids(values: Array, dim: int, low: float, high: float) -> Array:
+    """Return ``[..., dim]``: cosines and sines of ``values`` at geometric frequencies."""
+    half = dim // 2
+    frequencies = np.geomspace(low, high, half).astype(values.dtype)
+    angles = values[..., None] * jnp.expand_dims(frequencies, tuple(range(values.ndim)))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Embedding(nn.Module):
+    """``[b, width]`` features of noise level and class label: sinusoids, then two layers.
+
+    ``c_noise`` spans about 4 from clean to pure noise; frequencies from 1/4 to 16 radians resolve a
+    factor of about 1.3 in sigma. No label is the zero row.
+    """
+
+    width: int
+    num_classes: int
+    num_frequencies: int = 64
+
+    @nn.compact
+    def __call__(self, c_noise: Array, cond: Array | None, dtype: Any) -> Array:
+        e = sinusoids(c_noise, 2 * self.num_frequencies, 0.25, 16.0)
+        e = jax.nn.silu(Dense(self.width, name="noise")(e.astype(dtype)))
+        if self.num_classes:
+            table = self.param("table", _SHAPE_ONLY, (self.num_classes, self.width))
+            if cond is not None:
+                rows = jax.nn.one_hot(cond, self.num_classes, dtype=dtype)
+                e = e + rows @ table.astype(dtype)
+        return jax.nn.silu(Dense(self.width, name="joint")(e))

@@ -1,0 +1,161 @@
+r"""The low-rank denoising autoencoder of the theory, with trainable subspaces.
+
+For ``x = x_0 + sigma eps`` and frames ``U_k``
+
+.. math::
+    \hat x_0 = \frac{1}{1+\sigma^2} \sum_k w_k U_k U_k^T x,\qquad
+    w = \mathrm{softmax}_k\bigl(\varphi \lVert U_k^T x\rVert^2\bigr),\quad
+    \varphi = \frac{1}{2\sigma^2(1+\sigma^2)},
+
+the exact posterior mean of an equal mixture of ``N(0, U_k U_k^T)``. With *hard* assignment ``w`` is
+the indicator of the largest ``||U_k^T .||``, taken of the clean example in training.
+
+References:
+    Wang, Zhang, Zhang, Chen, Ma, Qu 2024, "Diffusion Models Learn Low-Dimensional Distributions via
+    Subspace Clustering", arXiv 2409.02426, lemma 1 and theorems 1-4.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowdim_diffusion._checks import check_choice, check_int, check_shape, fail
+from lowdim_diffusion._types import Array, Float, Params
+from lowdim_diffusion.linalg import orthonormalize, polar, random_frames
+from lowdim_diffusion.networks._network import Network, check_data_shape, check_key, checked
+
+_ORTHONORMAL = ("qr", "polar", "none")
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of ``make("lowrank", ...)``.
+
+    Attributes:
+        data_shape: shape of one example; ``n`` is its number of entries.
+        num_components: K, number of subspaces.
+        rank: d, dimension of each.
+        orthonormal: how the free parameter becomes frames: ``"qr"``, ``"polar"`` (the nearest
+            frame) or ``"none"``.
+        joint: make ``[U_1 .. U_K]`` orthonormal together, as theorem 3 assumes; needs ``K d <= n``.
+        assignment: ``"soft"`` (soft-max) or ``"hard"`` weights.
+    """
+
+    data_shape: tuple[int, ...]
+    num_components: int = 1
+    rank: int = 1
+    orthonormal: str = "qr"
+    joint: bool = False
+    assignment: str = "soft"
+
+
+def frames(
+    bases: Float[Array, "*s k n d"], *, orthonormal: str = "qr", joint: bool = False
+) -> Float[Array, "*s k n d"]:
+    """Return the frames ``U_k`` that the free parameter ``params["bases"]`` stands for.
+
+    Args:
+        bases: ``[..., K, n, d]``.
+        orthonormal: as the network was built.
+        joint: as the network was built.
+
+    Example:
+        >>> import jax
+        >>> u = frames(jax.random.normal(jax.random.key(0), (2, 6, 2)), joint=True)
+        >>> bool(abs(u[0].T @ u[1]).max() < 1e-6)
+        True
+    """
+    check_choice("lowrank.frames", "orthonormal", orthonormal, _ORTHONORMAL)
+    if orthonormal == "none":
+        return bases
+    nearest = orthonormalize if orthonormal == "qr" else polar
+    if not joint:
+        return nearest(bases)
+    *lead, k, n, d = bases.shape
+    side_by_side = jnp.moveaxis(bases, -3, -2).reshape(*lead, n, k * d)
+    return jnp.moveaxis(nearest(side_by_side).reshape(*lead, n, k, d), -2, -3)
+
+
+def build(config: Config) -> Network:
+    """Return the network."""
+    config = replace(config, data_shape=check_data_shape("lowrank", config.data_shape))
+    data_shape = config.data_shape
+    dim = math.prod(data_shape)
+    check_int("lowrank", "num_components", config.num_components)
+    check_int("lowrank", "rank", config.rank)
+    check_choice("lowrank", "orthonormal", config.orthonormal, _ORTHONORMAL)
+    check_choice("lowrank", "assignment", config.assignment, ("soft", "hard"))
+    if config.rank > dim:
+        raise fail("lowrank", "rank too large", f"at most {dim}, the size of data", config.rank)
+    if config.joint and config.orthonormal == "none":
+        fix = 'pass orthonormal="qr" or "polar"'
+        raise fail("lowrank", "joint=True", "orthonormal frames", 'orthonormal="none"', fix)
+    if config.joint and config.num_components * config.rank > dim:
+        raise fail(
+            "lowrank",
+            "no room for mutually orthogonal subspaces",
+            f"num_components * rank <= {dim}",
+            config.num_components * config.rank,
+            "lower the rank or pass joint=False",
+        )
+
+    def init(key: Any) -> Params:
+        check_key("lowrank.init", key)
+        k, d = config.num_components, config.rank
+        return {"bases": random_frames(key, k, dim, d, orthogonal=config.joint)}
+
+    def forward(
+        params: Params,
+        x: Array,
+        c_noise: Array,
+        cond: Array | None,
+        keys: Array | None,
+        clean: Array | None = None,
+    ) -> Array:
+        del cond, keys
+        bases = params["bases"].astype(x.dtype)
+        bases = frames(bases, orthonormal=config.orthonormal, joint=config.joint)
+        inside = lambda y: jnp.einsum(
+            "knd,bn->bkd", bases, y.reshape(y.shape[0], -1), precision=_HIGHEST
+        )
+        coefficients = inside(x)
+        var = jnp.exp(8 * c_noise).astype(x.dtype)
+        if config.assignment == "soft":
+            if clean is not None:
+                raise fail("lowrank.apply", "unexpected clean", "None with soft assignment", "x0")
+            energy = jnp.sum(coefficients**2, axis=-1)
+            weights = _soft_weights(energy, c_noise.astype(x.dtype))
+        else:
+            if clean is not None:
+                check_shape("lowrank.apply", "clean", clean, x.shape)
+            chosen = coefficients if clean is None else inside(jnp.asarray(clean, x.dtype))
+            best = jnp.argmax(jnp.sum(chosen**2, axis=-1), axis=-1)
+            weights = jax.nn.one_hot(best, config.num_components, dtype=x.dtype)
+        weights = weights / (1 + var)[:, None]
+        out = jnp.einsum("knd,bkd,bk->bn", bases, coefficients, weights, precision=_HIGHEST)
+        return out.reshape(x.shape)
+
+    return Network(
+        "lowrank",
+        data_shape,
+        init,
+        checked("lowrank", data_shape, forward),
+        asdict(config),
+        input_scale="clean",
+    )
+
+
+def _soft_weights(energy: Array, c_noise: Array) -> Array:
+    """Return ``softmax(phi energy)`` over the last axis, finite from sigma 1e-4 to 1e3.
+
+    Energies are compared before ``phi`` (up to 5e7) multiplies them, so that rounding enters
+    through their difference only.
+    """
+    log_var = 8 * c_noise
+    phi = 0.5 * jnp.exp(-log_var - jax.nn.softplus(log_var))
+    gap = energy - jax.lax.stop_gradient(jnp.max(energy, axis=-1, keepdims=True))
+    return jax.nn.softmax(phi[:, None] * gap, axis=-1)

@@ -1,0 +1,312 @@
+"""Figures of a run: each function returns a matplotlib ``Figure`` and touches no global state.
+
+They need the ``plots`` extra; matplotlib is imported at the first call. Sizes are chosen for a
+column of about 12 cm, legible on a phone and in a paper. ``fig.savefig("x.pdf")`` as usual.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lowdim_diffusion._checks import fail
+from lowdim_diffusion.reporting.images import as_pictures
+
+__all__ = [
+    "loss_curve",
+    "nearest_pairs",
+    "rank_curve",
+    "singular_values",
+    "trajectory_strip",
+]
+
+Figure: TypeAlias = Any
+"""``matplotlib.figure.Figure``; not imported here."""
+
+INK = "#1f2328"
+LINE = "#d0d7de"
+_BLUE, _ORANGE, _VIOLET = "#2f7fc1", "#d9722e", "#8a63b8"
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "figure.facecolor": "white",
+    "axes.facecolor": "none",
+}
+
+
+@contextlib.contextmanager
+def _canvas(width: float, height: float) -> Iterator[Figure]:
+    """Give a new figure under the house's style, without pyplot."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure as MatplotlibFigure
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib, which is not installed: pip install 'lowdim-diffusion[plots]'"
+        ) from error
+    with matplotlib.rc_context(_STYLE):
+        yield MatplotlibFigure(figsize=(width, height), layout="constrained")
+
+
+def _colors(sigmas: np.ndarray) -> tuple[Any, Any]:
+    """Map of noise level to colour, blue (clean) to orange (noise), visible on white and black."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    ramp = LinearSegmentedColormap.from_list("noise", [_BLUE, _VIOLET, _ORANGE])
+    low, high = float(sigmas.min()), float(sigmas.max())
+    scale = ScalarMappable(LogNorm(low, high if high > low else low * 1.01), ramp)
+    return ramp, scale
+
+
+def _levels(where: str, sigmas: Any, count: int) -> np.ndarray:
+    sigmas = np.asarray(sigmas, np.float64)
+    if sigmas.shape != (count,):
+        raise fail(where, "wrong shape of sigmas", f"({count},), one per noise level", sigmas.shape)
+    return sigmas
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of ``count`` indices, evenly spread, first and last included."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
+
+
+def loss_curve(
+    steps: Any, losses: Any, *, x_label: str = "training step", window: int | None = None
+) -> Figure:
+    """Return the training loss, raw and smoothed; the loss axis is log if it spans a decade.
+
+    Args:
+        steps: ``[m]``, training step or images seen.
+        losses: ``[m]``; values that are not finite are left out.
+        x_label: what ``steps`` counts.
+        window: width of the running mean in entries; None for a 40th of the curve.
+    """
+    steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
+    if steps.shape != losses.shape or steps.ndim != 1:
+        raise fail("loss_curve", "one loss per step", f"shape {steps.shape}", losses.shape)
+    kept = np.isfinite(losses)
+    steps, losses = steps[kept], losses[kept]
+    with _canvas(4.6, 2.9) as fig:
+        axes = fig.subplots()
+        if losses.size:
+            half_window = (losses.size // 40 if window is None else window) // 2
+            sums = np.concatenate([[0.0], np.cumsum(losses)])
+            i = np.arange(losses.size)
+            half = np.minimum(np.minimum(i, losses.size - 1 - i), half_window)
+            smooth = (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)
+            thin = slice(None, None, max(1, losses.size // 1500))
+            marker = "o" if losses.size == 1 else None
+            faint = {"alpha": 0.35, "linewidth": 0.7} if half_window else {}
+            axes.plot(steps[thin], losses[thin], marker=marker, color=_BLUE, label="each", **faint)
+            if half_window:
+                axes.plot(steps, smooth, color=_BLUE, label=f"mean of {2 * half_window + 1}")
+                axes.legend()
+            if losses.min() > 0 and losses.max() / losses.min() > 10:
+                axes.set_yscale("log")
+            if steps.max() >= 10_000:
+                axes.xaxis.set_major_formatter(_thousands)
+        axes.set(xlabel=x_label, ylabel="training loss")
+    return fig
+
+
+def _thousands(value: float, _: Any = None) -> str:
+    for scale, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
+
+
+def singular_values(
+    sigmas: Any, values: Any, *, exact: Any = None, max_lines: int = 7, floor: float = 1e-4
+) -> Figure:
+    """Return the Jacobian's singular values against their index, one line per noise level.
+
+    Args:
+        sigmas: ``[T]`` noise levels sigma / alpha, > 0 (others are left out).
+        values: ``[T, m]`` or ``[T, b, m]`` singular values, descending; averaged over b.
+        exact: the same for the exact denoiser, drawn dashed.
+        max_lines: noise levels shown, spread evenly.
+        floor: smallest share of the largest value shown.
+    """
+    values = _averaged("singular_values", values)
+    sigmas = _levels("singular_values", sigmas, len(values))
+    shown = np.flatnonzero((sigmas > 0) & np.isfinite(values).all(1) & (values.max(1) > 0))
+    shown = shown[_spread(shown.size, max_lines)]
+    with _canvas(4.6, 3.2) as fig:
+        axes = fig.subplots()
+        index = np.arange(1, values.shape[1] + 1)
+        if shown.size:
+            ramp, scale = _colors(sigmas[shown])
+            marker = "o" if index.size < 100 else None
+            for i in shown:
+                color = ramp(scale.norm(sigmas[i]))
+                axes.plot(index, values[i], color=color, marker=marker, markersize=2.2)
+            if exact is not None:
+                exact = _averaged("singular_values", exact)
+                for i in shown:
+                    axes.plot(index[: exact.shape[1]], exact[i], "--", color=INK, linewidth=0.8)
+                axes.plot([], [], color=_VIOLET, label="model")
+                axes.plot([], [], "--", color=INK, linewidth=0.8, label="exact")
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+            bar = fig.colorbar(scale, ax=axes, pad=0.02, aspect=30)
+            bar.set_label("noise level σ (data units)")
+            bar.outline.set_visible(False)
+            top = values[shown].max()
+            axes.set(xscale="log", yscale="log", ylim=(top * floor, top * 2))
+        axes.set(xlabel="index i", ylabel="singular value $s_i$ of the Jacobian")
+    return fig
+
+
+def _averaged(where: str, values: Any) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim not in (2, 3):
+        raise fail(where, "shape of the singular values", "[T, m] or [T, b, m]", values.shape)
+    return values.mean(1) if values.ndim == 3 else values
+
+
+def rank_curve(
+    sigmas: Any,
+    ratio: Any,
+    *,
+    exact: Any = None,
+    exact_sigmas: Any = None,
+    label: str = "model",
+    exact_label: str = "exact posterior mean",
+) -> Figure:
+    """Return numerical rank over dimension against 1/sigma; log rank axis if it spans a decade.
+
+    Args:
+        sigmas: ``[T]`` noise levels sigma / alpha, > 0 (others are left out).
+        ratio: ``[T]`` or ``[T, b]`` rank / n in [0, 1]; over b the mean is drawn, and the range
+            from the 10th to the 90th percentile shaded.
+        exact: reference curve of the same kind, drawn dashed.
+        exact_sigmas: its noise levels; None for the same ones.
+        label: what ``ratio`` belongs to.
+        exact_label: what ``exact`` belongs to.
+    """
+    ratio = np.asarray(ratio, np.float64)
+    ratio = ratio[:, None] if ratio.ndim == 1 else ratio
+    sigmas = _levels("rank_curve", sigmas, len(ratio))
+    with _canvas(4.6, 3.0) as fig:
+        axes = fig.subplots()
+        positive = sigmas > 0
+        snr, ratio = 1 / sigmas[positive], ratio[positive]
+        axes.plot(snr, ratio.mean(1), "o-", color=_BLUE, markersize=3, label=label)
+        if ratio.shape[1] > 1:
+            low, high = np.percentile(ratio, [10, 90], axis=1)
+            axes.fill_between(snr, low, high, color=_BLUE, alpha=0.18, linewidth=0)
+        if exact is not None:
+            exact = np.asarray(exact, np.float64)
+            exact = exact.mean(1) if exact.ndim == 2 else exact
+            at = sigmas if exact_sigmas is None else exact_sigmas
+            at = _levels("rank_curve", at, len(exact))
+            axes.plot(
+                1 / at[at > 0], exact[at > 0], "--", color=_ORANGE, linewidth=1.4, label=exact_label
+            )
+        shown = ratio.mean(1)
+        axes.set(xscale="log", xlabel="1/σ (signal to noise)", ylabel="numerical rank / dimension")
+        if shown.size and shown.min() > 0 and shown.max() / shown.min() > 10:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, None)
+        axes.legend()
+    return fig
+
+
+def _show(axes: Any, picture: np.ndarray) -> None:
+    picture = picture.repeat(max(1, 8 // len(picture)), axis=0) if len(picture) == 1 else picture
+    gray = picture[..., 0] if picture.shape[-1] == 1 else picture
+    axes.imshow(gray, cmap="gray", vmin=0, vmax=255, interpolation="none", aspect="auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def nearest_pairs(samples: Any, nearest: Any, distances: Any, *, columns: int = 6) -> Figure:
+    """Return samples above their nearest training examples, with the distance under each pair.
+
+    Args:
+        samples: ``[N, ...]`` as :func:`lowdim_diffusion.reporting.images.as_pictures` takes them.
+        nearest: ``[N, ...]``, the training example nearest to each.
+        distances: ``[N]``.
+        columns: pairs per row.
+    """
+    above, below = as_pictures(samples), as_pictures(nearest)
+    distances = np.asarray(distances, np.float64).reshape(-1)
+    if not len(above) == len(below) == len(distances):
+        got = f"{len(above)}, {len(below)} and {len(distances)}"
+        raise fail(
+            "nearest_pairs", "one neighbour and one distance per sample", "equal numbers", got
+        )
+    columns = min(columns, len(above))
+    rows = math.ceil(len(above) / columns)
+    with _canvas(4.6, rows * (2 * 4.4 / columns + 0.3)) as fig:
+        grid = fig.subplots(2 * rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for i, distance in enumerate(distances):
+            row, column = divmod(i, columns)
+            for axes, picture in (
+                (grid[2 * row, column], above[i]),
+                (grid[2 * row + 1, column], below[i]),
+            ):
+                axes.set_axis_on()
+                _show(axes, picture)
+            grid[2 * row + 1, column].set_xlabel(f"{distance:.2f}", fontsize=9, labelpad=2)
+            if column == 0:
+                grid[2 * row, 0].set_ylabel("sample", fontsize=9)
+                grid[2 * row + 1, 0].set_ylabel("nearest", fontsize=9)
+    return fig
+
+
+def trajectory_strip(states: Any, sigmas: Any, *, rows: int = 3, columns: int = 7) -> Figure:
+    """Return the way from noise to data: one row per example, one column per noise level.
+
+    Args:
+        states: ``[T, b, *data]``, pictures or vectors along the trajectory: x_t, or the denoised
+            x0_hat. Columns of larger spread than the last are scaled down to it.
+        sigmas: ``[T]`` noise levels, in the order of ``states``; they label the columns.
+        rows: examples shown.
+        columns: noise levels shown, spread evenly, first and last included.
+    """
+    states = np.asarray(states, np.float64)
+    sigmas = _levels("trajectory_strip", sigmas, len(states))
+    chosen = _spread(len(states), columns)
+    rows = min(rows, states.shape[1])
+    if states.ndim == 3:
+        states = states / max(np.abs(states[-1]).max(), 1e-12)
+    spread = max(states[-1].std(), 1e-12)
+    fitted = [states[t, :rows] / max(1.0, states[t].std() / spread) for t in chosen]
+    with _canvas(4.6, 4.6 * rows / len(chosen) + 0.3) as fig:
+        grid = fig.subplots(rows, len(chosen), squeeze=False)
+        for j, t in enumerate(chosen):
+            column = fitted[j][:, None, :, None] if fitted[j].ndim == 2 else fitted[j]
+            pictures = as_pictures(column)
+            for i in range(rows):
+                _show(grid[i, j], pictures[i])
+            prefix = "σ = " if j == 0 else ""
+            grid[0, j].set_title(f"{prefix}{sigmas[t]:.2g}", fontsize=9)
+    return fig

@@ -1,0 +1,402 @@
+r"""Sampling: one scan that runs any solver with any denoiser, and the way back from data to noise.
+
+A run starts from ``x_T = sigma(ts[0]) eps``, or from a given array, and makes ``num_steps`` solver
+steps along ``ts``, from noise to data. What it keeps of the trajectory is the caller's choice
+(``save``); unless asked for, memory does not grow with the number of steps.
+
+Randomness belongs to examples: example ``i`` (its *global* index) owns ``fold_in(key, i)``, and
+each of its draws is folded from that. Samples therefore do not depend on how the examples are split
+into batches or over devices.
+
+Nothing is jitted here. Compile once at the outside::
+
+    draw = jax.jit(lambda key: sample(key, denoise_fn, schedule, ts, (64, 48), solver=heun()).x)
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from lowdim_diffusion._checks import check_int, check_shape, fail
+from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
+from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
+from lowdim_diffusion.solvers import CorrectFn, Plan, Solver, ends_clean, plan
+from lowdim_diffusion.solvers._base import check_grid, denoise_once, is_clean
+
+__all__ = ["SampleResult", "initial_noise", "invert", "sample", "sample_batched"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleResult:
+    """Samples and what was kept of their trajectory.
+
+    Attributes:
+        x: ``[b, *data]``, the samples.
+        trajectory: ``[k, b, *data]``, noise to data; None with ``save="final"``.
+        ts: ``[k]``, the trajectory's times; None with ``save="final"``.
+        carry: what the correction hook carried out of the last step.
+        nfe: denoiser evaluations that every sample took, a Python int.
+    """
+
+    x: Array
+    trajectory: Array | None
+    ts: Array | None
+    carry: Any
+    nfe: int = field(metadata={"static": True})
+
+
+def initial_noise(
+    key: PRNGKey,
+    schedule: Schedule,
+    t: Any,
+    shape: tuple[int, ...],
+    *,
+    index: Int[Array, " b"] | None = None,
+    dtype: Any = None,
+) -> Float[Array, "b *data"]:
+    """Return ``sigma(t) eps``, where :func:`sample` starts; each eps is of its example's own key.
+
+    Args:
+        key: typed random key.
+        schedule: noise schedule.
+        t: first time of the grid.
+        shape: ``(b, *data)``.
+        index: global indices ``[b]`` of the examples; default ``arange(b)``.
+        dtype: floating dtype; default that of Python floats in jax.
+    """
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    keys = example_keys(key, _indices(index, shape[0]))
+    eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape[1:], dtype))(keys)
+    return schedule.sigma(t).astype(dtype) * eps
+
+
+def sample(
+    key: PRNGKey,
+    denoise_fn: DenoiseFn,
+    schedule: Schedule,
+    ts: Any,
+    shape_or_x_T: Any,
+    *,
+    solver: Solver,
+    save: str | int = "final",
+    correct: CorrectFn | None = None,
+    correct_carry: Any = None,
+    index: Int[Array, " b"] | None = None,
+) -> SampleResult:
+    """Return samples drawn by running ``solver`` along ``ts`` from noise to data.
+
+    Args:
+        key: typed random key; a deterministic solver started from an array does not use it.
+        denoise_fn: ``(x_t: [b, *data], t: scalar) -> x0_hat: [b, *data]``.
+        schedule: noise schedule.
+        ts: ``[num_steps + 1]`` strictly decreasing times. A last entry of 0, or anything up to
+            ``schedule.t_min``, ends on the denoised example. With known (not traced) numbers the
+            solver's coefficients are computed beforehand in float64.
+        shape_or_x_T: a shape ``(b, *data)``, or the start ``[b, *data]`` itself at ``ts[0]``.
+        solver: from ``lowdim_diffusion.solvers``.
+        save: what to keep. ``"final"``: nothing more; ``"all"``: the ``num_steps + 1`` states from
+            x_T to the sample; ``"denoised"``: the ``num_steps`` predictions x0_hat, at ``ts[:-1]``;
+            an integer k: every k-th state, from x_T on, and the last one. Static.
+        correct: ``(x0_hat, eps, t, carry) -> (x0_hat, eps, carry)``, applied to every prediction
+            before it is used. ``eps`` is that of the unmodified denoiser and stays so unless the
+            hook changes it.
+        correct_carry: the hook's initial carry, a pytree of arrays of fixed shapes.
+        index: global indices ``[b]`` of the examples; default ``arange(b)``.
+
+    Returns:
+        A :class:`SampleResult`. ``nfe`` counts the calls of the denoiser. Heun's step to the clean
+        example takes one; if ``ts`` is traced, whether there is such a step is not known, and it
+        takes two, the second without effect.
+
+    Raises:
+        ValueError: for a grid that does not decrease or leaves the schedule's range, a denoiser
+            that changes the shape, an unknown ``save``, a wrong ``index``.
+
+    Example:
+        >>> import jax
+        >>> from lowdim_diffusion import schedules, solvers
+        >>> white = lambda x, t: x / (1 + t**2)  # data N(0, I)
+        >>> ts = schedules.karras_grid(18)
+        >>> key, ve = jax.random.key(0), schedules.VE()
+        >>> result = sample(key, white, ve, ts, (4, 3), solver=solvers.heun(), save=6)
+        >>> result.x.shape, result.trajectory.shape, result.nfe
+        ((4, 3), (4, 4, 3), 35)
+    """
+    ts = check_grid("sample", schedule, ts)
+    _check_save(save)
+    shape, x = _start(shape_or_x_T)
+    index = _indices(index, shape[0])
+    if x is None:
+        x = initial_noise(key, schedule, jnp.asarray(ts)[0], shape, index=index)
+    run = _cast(plan(solver, schedule, ts), x.dtype)
+    keys = example_keys(key, index) if solver.stochastic else None
+    num_steps = np.shape(ts)[0] - 1
+    every = save if isinstance(save, int) else None
+    kept = None if every is None else jnp.broadcast_to(x, (_num_kept(num_steps, every), *x.shape))
+
+    def step(loop: Any, i: Any, c: Any, clean: bool) -> tuple[Any, Array | None]:
+        state, carry, kept = loop
+        draw = None if keys is None else _make_draw(keys, i, x)
+        out = solver.step(denoise_fn, state, c, draw, correct=correct, carry=carry, clean=clean)
+        if every is not None:
+            # Into the slot of the next multiple of k: what it keeps is the last state written.
+            kept = jax.lax.dynamic_update_index_in_dim(kept, out.state.x, (i + every) // every, 0)
+        stacked = {"all": out.state.x, "denoised": out.x0_hat}.get(str(save))
+        return (out.state, out.carry, kept), stacked
+
+    loop = (solver.init(x), jax.tree.map(jnp.asarray, correct_carry), kept)
+    inputs = (jnp.arange(num_steps), run.coefficients)
+    short_end = _has_short_end(solver, schedule, ts)  # not a step for a body of several stages
+    scanned = jax.tree.map(lambda a: a[: num_steps - short_end], inputs)
+    loop, states = jax.lax.scan(lambda loop, xs: step(loop, xs[0], xs[1], False), loop, scanned)
+    if short_end:
+        i, c = jax.tree.map(lambda a: a[-1], inputs)
+        loop, state = step(loop, i, c, True)
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), states, state)
+    state, carry, kept = loop
+    trajectory = states if every is None else kept
+    if save == "all":
+        trajectory = jax.tree.map(lambda a: jnp.concatenate([x[None], a]), states)
+    times = _kept_times(run.grid.t, save)
+    return SampleResult(state.x, trajectory, times, carry, _count_evals(solver, schedule, ts))
+
+
+def sample_batched(
+    key: PRNGKey,
+    denoise_fn: Callable[..., Array],
+    schedule: Schedule,
+    ts: Any,
+    shape_or_x_T: Any,
+    *,
+    solver: Solver,
+    batch_size: int,
+    save: str | int = "final",
+    correct: CorrectFn | None = None,
+    correct_carry: Any = None,
+    cond: PyTree = None,
+    mesh: Mesh | None = None,
+) -> SampleResult:
+    """Return many samples, made ``batch_size`` at a time: those of one big :func:`sample`.
+
+    A loop over equal blocks, the last one padded; with ``mesh`` every device runs its share of each
+    block. Up to rounding, the samples depend on neither.
+
+    Args:
+        key: typed random key.
+        denoise_fn: as for :func:`sample`; with ``cond`` called as
+            ``denoise_fn(x_t, t, cond)`` with the block's part of ``cond``.
+        schedule: noise schedule.
+        ts: ``[num_steps + 1]`` times, noise to data.
+        shape_or_x_T: ``(num_samples, *data)``, or the starts ``[num_samples, *data]``.
+        solver: from ``lowdim_diffusion.solvers``.
+        batch_size: examples in flight, over all devices together.
+        save: as for :func:`sample`; trajectories of all samples are held at once.
+        correct: the hook of :func:`sample`; every block starts anew with ``correct_carry``.
+        correct_carry: the hook's initial carry.
+        cond: what each example is conditioned on: arrays ``[num_samples, ...]``, e.g. labels.
+        mesh: one-axis mesh ``("data",)`` from ``sharding.data_mesh``.
+
+    Returns:
+        A :class:`SampleResult` with all samples; ``nfe`` is per sample, ``carry`` is None.
+
+    Raises:
+        ValueError: if the devices do not divide ``batch_size``, or ``cond`` has another length.
+
+    Example:
+        >>> import jax
+        >>> from lowdim_diffusion import schedules, solvers
+        >>> white = lambda x, t: x / (1 + t**2)
+        >>> ts, euler = schedules.karras_grid(5), solvers.euler()
+        >>> key, ve = jax.random.key(0), schedules.VE()
+        >>> sample_batched(key, white, ve, ts, (10, 3), solver=euler, batch_size=4).x.shape
+        (10, 3)
+    """
+    check_int("sample_batched", "batch_size", batch_size)
+    ts = check_grid("sample_batched", schedule, ts)
+    shape, x_T = _start(shape_or_x_T)
+    num_samples = shape[0]
+    num_devices = 1 if mesh is None else mesh.size
+    check_batch(batch_size, num_devices)
+    # A smaller request does not pay for a whole block.
+    batch_size = min(batch_size, math.ceil(num_samples / num_devices) * num_devices)
+    num_blocks = math.ceil(num_samples / batch_size)
+    cond = jax.tree.map(jnp.asarray, cond)
+    for leaf in jax.tree.leaves(cond):
+        check_shape("sample_batched", "cond", leaf, (num_samples, *leaf.shape[1:]))
+
+    def blocks(a: Array) -> Array:
+        padding = [(0, num_blocks * batch_size - num_samples)] + [(0, 0)] * (a.ndim - 1)
+        return jnp.pad(a, padding, mode="edge").reshape(num_blocks, batch_size, *a.shape[1:])
+
+    def one_block(inputs: Any) -> tuple[Array, Array | None]:
+        index, start, given = inputs
+        result = sample(
+            key,
+            denoise_fn if cond is None else lambda x, t: denoise_fn(x, t, given),
+            schedule,
+            ts,
+            (index.shape[0], *shape[1:]) if start is None else start,
+            solver=solver,
+            save=save,
+            correct=correct,
+            correct_carry=correct_carry,
+            index=index,
+        )
+        # Examples first in both, so that they are split over devices and joined alike.
+        return result.x, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), result.trajectory)
+
+    run = functools.partial(jax.lax.map, one_block)
+    if mesh is not None:
+        split = PartitionSpec(None, AXIS)
+        run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    out = run(jax.tree.map(blocks, (jnp.arange(num_samples), x_T, cond)))
+    x, trajectory = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:num_samples], out)
+    trajectory = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), trajectory)
+    times = _kept_times(jnp.asarray(ts).astype(x.dtype), save)
+    return SampleResult(x, trajectory, times, None, _count_evals(solver, schedule, ts))
+
+
+def invert(
+    denoise_fn: DenoiseFn,
+    schedule: Schedule,
+    ts: Any,
+    x_0: Float[Array, "b *data"],
+    *,
+    solver: Solver,
+) -> Float[Array, "b *data"]:
+    """Return the noise that ``solver`` carries to ``x_0``: the ODE run from data to noise.
+
+    The result is at time ``ts[0]``, and :func:`sample` takes it as its start. If the grid ends on
+    the clean example, the last interval has no inverse (the denoiser's output forgets the noise)
+    and is undone by one fixed-point step, ``x_t = alpha (2 x_0 - x0_hat(alpha x_0, t))``. The round
+    trip is as accurate as the solver.
+
+    Args:
+        denoise_fn: as for :func:`sample`.
+        schedule: noise schedule.
+        ts: the same grid as for :func:`sample`, noise to data.
+        x_0: ``[b, *data]`` clean examples.
+        solver: a deterministic solver.
+
+    Raises:
+        ValueError: if the solver is stochastic, or for a bad grid.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowdim_diffusion import schedules, solvers
+        >>> white = lambda x, t: x / (1 + t**2)  # data N(0, I)
+        >>> ts = schedules.karras_grid(100, sigma_max=3.0)
+        >>> x_T = invert(white, schedules.VE(), ts, jnp.ones((1, 1)), solver=solvers.heun())
+        >>> round(float(x_T[0, 0]), 3)  # exact: sqrt(10) = 3.162
+        3.161
+    """
+    if solver.stochastic:
+        fix = "e.g. solvers.heun(), or solvers.ddim(eta=0.0)"
+        raise fail("invert", "the solver draws noise", "a deterministic solver", solver.name, fix)
+    ts = check_grid("invert", schedule, ts)
+    x = _floating("invert", x_0)
+    clean = ends_clean(schedule, ts)
+    ts = jnp.asarray(ts) if clean is None else np.asarray(ts)
+
+    def climb(upward: Any, x: Array) -> Array:
+        if upward.shape[0] < 2:
+            return x
+        coefficients = _cast(plan(solver, schedule, upward), x.dtype).coefficients
+        step = lambda state, c: (solver.step(denoise_fn, state, c, None).state, None)
+        return jax.lax.scan(step, solver.init(x), coefficients)[0].x
+
+    def from_clean(x: Array) -> Array:
+        t = jnp.asarray(ts[-2])
+        alpha = schedule.alpha(t).astype(x.dtype)
+        x0_hat = denoise_once("invert", denoise_fn, alpha * x, t.astype(x.dtype))
+        return climb(ts[-2::-1], alpha * (2 * x - x0_hat))
+
+    if clean is not None:
+        return from_clean(x) if clean else climb(ts[::-1], x)
+    known_later = is_clean(schedule, ts[-1])
+    # The branch not taken must not divide by the sigma of a clean end.
+    noisy = ts.at[-1].set(jnp.where(known_later, 0.5 * ts[-2], ts[-1]))
+    return jax.lax.cond(known_later, from_clean, lambda x: climb(noisy[::-1], x), x)
+
+
+def _check_save(save: Any) -> None:
+    if isinstance(save, int) and not isinstance(save, bool):
+        check_int("sample", "save", save, fix="an integer k keeps every k-th state")
+    elif save not in ("final", "all", "denoised"):
+        choices = "'final', 'all', 'denoised' or an integer k >= 1"
+        raise fail("sample", "unknown save", choices, repr(save))
+
+
+def _num_kept(num_steps: int, every: int) -> int:
+    return math.ceil(num_steps / every) + 1
+
+
+def _kept_times(times: Array, save: str | int) -> Array | None:
+    if save == "final":
+        return None
+    if isinstance(save, int):
+        num_steps = times.shape[0] - 1
+        return times[np.minimum(np.arange(_num_kept(num_steps, save)) * save, num_steps)]
+    return times if save == "all" else times[:-1]
+
+
+def _has_short_end(solver: Solver, schedule: Schedule, ts: Any) -> bool:
+    """Whether the last step is known to reach the clean example with fewer evaluations."""
+    return solver.num_evals > 1 and ends_clean(schedule, ts) is True
+
+
+def _count_evals(solver: Solver, schedule: Schedule, ts: Any) -> int:
+    short_end = _has_short_end(solver, schedule, ts)
+    return (np.shape(ts)[0] - 1 - short_end) * solver.num_evals + short_end
+
+
+def _indices(index: Array | None, batch: int) -> Array:
+    if index is None:
+        return jnp.arange(batch, dtype=jnp.int32)
+    check_shape("sample", "index", index, (batch,), "give one global index per example")
+    return index
+
+
+def _start(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:
+    """The shape, and x_T in float32 or better if it was given."""
+    if isinstance(shape_or_x_T, tuple | list):
+        shape = tuple(shape_or_x_T)
+        if not all(isinstance(s, int | np.integer) and s > 0 for s in shape) or len(shape) < 2:
+            raise fail("sample", "wrong shape", "(b, *data) of positive ints", shape)
+        return shape, None
+    x = _floating("sample", shape_or_x_T)
+    return x.shape, x
+
+
+def _floating(where: str, x: Any) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{where}: x must be a floating array [b, *data], got dtype {x.dtype}.")
+    if x.ndim < 2:
+        raise fail(where, "wrong shape of x", "[b, *data]", x.shape, "add a batch axis")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _cast(made: Plan, dtype: Any) -> Plan:
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), made)
+
+
+def _make_draw(keys: Array, i: Any, x: Array) -> Callable[[int], Array]:
+    """The noise of step ``i``, example by example; 0 is the start's, so steps count from 1."""
+
+    def draw(j: int) -> Array:
+        def one(key: Array) -> Array:
+            step_key = jax.random.fold_in(jax.random.fold_in(key, i + 1), j)
+            return jax.random.normal(step_key, x.shape[1:], x.dtype)
+
+        return jax.vmap(one)(keys)
+
+    return draw

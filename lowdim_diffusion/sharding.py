@@ -1,0 +1,102 @@
+"""Devices: the one-axis mesh, where arrays live on it, and keys that do not depend on it.
+
+Data parallelism maps one per-device step over the axis ``"data"``: state is replicated, the batch
+is split. Randomness is folded with each example's *global* index, so losses, parameters and
+samples do not depend on the number of devices or on how the batch was split.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowdim_diffusion._checks import fail
+from lowdim_diffusion._types import Array, Int, Key, PRNGKey, PyTree
+
+AXIS = "data"
+"""Name of the only mesh axis."""
+
+__all__ = [
+    "AXIS",
+    "check_batch",
+    "data_mesh",
+    "example_keys",
+    "local_index",
+    "replicate",
+    "replicated",
+    "shard_batch",
+    "split_over_data",
+]
+
+
+def data_mesh(num_devices: int | None = None) -> Mesh:
+    """Return the mesh ``("data",)`` over the first ``num_devices`` devices, all of them by default.
+
+    Raises:
+        ValueError: if more devices are asked for than there are.
+    """
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else num_devices
+    if not 1 <= count <= len(devices):
+        raise fail(
+            "data_mesh",
+            "wrong number of devices",
+            f"1 to {len(devices)} ({devices[0].platform})",
+            count,
+            f"to emulate them on CPU set XLA_FLAGS=--xla_force_host_platform_device_count={count}",
+        )
+    # Auto axes: under Explicit ones, make_mesh's default, gathers and SVDs of sharded arrays raise.
+    return Mesh(np.asarray(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_over_data(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose leading axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return ``tree`` with every leaf whole on every device."""
+    return jax.device_put(tree, replicated(mesh))
+
+
+def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return ``tree`` with the leading axis of every leaf split over the devices."""
+    for leaf in jax.tree.leaves(tree):
+        check_batch(leaf.shape[0], mesh.size)
+    return jax.device_put(tree, split_over_data(mesh))
+
+
+def check_batch(batch_size: int, num_devices: int) -> None:
+    """Raise unless the devices divide the batch."""
+    if batch_size % num_devices:
+        below = batch_size - batch_size % num_devices
+        raise fail(
+            "sharding",
+            "the devices must divide the batch size",
+            f"a multiple of {num_devices} devices",
+            f"batch size {batch_size}",
+            f"try {below + num_devices}" + (f" or {below}" if below else ""),
+        )
+
+
+def example_keys(key: PRNGKey, index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """Return one key per example: ``fold_in(key, global index)``."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def local_index(local_size: int, axis_name: str | None = None) -> Int[Array, " b"]:
+    """Return the global indices of the examples that this device holds, in order.
+
+    Args:
+        local_size: examples on this device.
+        axis_name: mapped axis; None outside any map, where local is global.
+    """
+    index: Any = jnp.arange(local_size, dtype=jnp.int32)
+    return index if axis_name is None else index + jax.lax.axis_index(axis_name) * local_size

@@ -1,0 +1,53 @@
+r"""Solvers: one step of the reverse process, from noise level ``t`` to the next lower one.
+
+A solver is a small record of pure functions, :class:`Solver`. Its step is given the denoiser
+itself, so that it may evaluate it as often and wherever it wants, and coefficients that depend on
+the time grid alone and are computed for all steps at once (:func:`plan`).
+``lowdim_diffusion.sampling`` runs it.
+
+=============  =====  ===========  ===========  ==============================================
+factory        order  evaluations  randomness   method
+=============  =====  ===========  ===========  ==============================================
+``euler``      1      1            none         Euler in (x / alpha, sigma / alpha)
+``ddim``       1      1            if eta > 0   DDIM; eta = 0 is ``euler``
+``ancestral``  1      1            every step   DDPM; ``ddim(eta=1)`` by default
+``heun``       2      2            if churn     EDM's algorithms 1 and 2
+``dpmpp_2m``   2      1            none         DPM-Solver++(2M), two-step
+=============  =====  ===========  ===========  ==============================================
+
+The order is that of the error at a fixed final time against the step size (for random solvers, of
+the moments). Whatever the solver, a last interval that ends on the clean example (``ts[-1]`` at
+most ``schedule.t_min``) is the denoiser's output itself and costs one evaluation.
+"""
+
+from lowdim_diffusion.solvers._base import (
+    CorrectFn,
+    Grid,
+    Kernel,
+    Plan,
+    Solver,
+    State,
+    StepResult,
+    ends_clean,
+    plan,
+)
+from lowdim_diffusion.solvers.dpm import dpmpp_2m
+from lowdim_diffusion.solvers.first_order import ancestral, ddim, euler
+from lowdim_diffusion.solvers.heun import heun
+
+__all__ = [
+    "CorrectFn",
+    "Grid",
+    "Kernel",
+    "Plan",
+    "Solver",
+    "State",
+    "StepResult",
+    "ancestral",
+    "ddim",
+    "dpmpp_2m",
+    "ends_clean",
+    "euler",
+    "heun",
+    "plan",
+]

@@ -1,0 +1,207 @@
+r"""Principal angles between subspaces, and the distances and the matching built on them.
+
+For frames U ``[n, p]`` and V ``[n, q]`` with m = min(p, q), the principal angles are
+``0 <= t_1 <= ... <= t_m <= pi/2`` with ``cos t = svd(U^T V)`` and, seen from the smaller frame,
+``sin t = svd((I - VV^T) U)``. The cosine cannot tell angles below ``sqrt(eps)`` from zero, and the
+sine those near ``pi/2``, so each angle is read off whichever is accurate there.
+
+======================  ==============================================  =====================
+distance                formula                                         range
+======================  ==============================================  =====================
+``projector_distance``  ``||P_U - P_V||_F = sqrt(|p-q| + 2 sum sin^2)``  [0, sqrt(2m + |p-q|)]
+``chordal_distance``    ``||sin t||_2``                                  [0, sqrt(m)]
+``geodesic_distance``   ``||t||_2``                                      [0, sqrt(m) pi/2]
+``affinity``            ``sqrt(mean cos^2 t)``                           [0, 1]
+======================  ==============================================  =====================
+
+All take *any* full-rank frames ``[..., n, rank]``: columns need not be orthonormal, and their
+scales do not matter. Leading axes broadcast.
+
+References:
+    Bjorck & Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3; Knyazev & Argentati 2002,
+    doi:10.1137/S1064827500377332; Ye & Lim 2016, arXiv 1407.0900 (unequal dimensions).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowdim_diffusion._checks import fail, is_concrete
+from lowdim_diffusion._types import Array, Bool, Float, Int
+from lowdim_diffusion.linalg import safe_sqrt
+from lowdim_diffusion.subspaces._assignment import assign
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _full_rank(r: Array) -> Bool[Array, "*k"]:
+    """Whether the triangular factor of a frame with unit columns has numerical full rank."""
+    s = jnp.linalg.svd(jax.lax.stop_gradient(r), compute_uv=False)
+    tol = 10 * r.shape[-1] * jnp.finfo(r.dtype).eps
+    return s[..., -1] > tol * jnp.maximum(s[..., 0], 1)
+
+
+def _orthonormal(where: str, name: str, a: Array) -> Array:
+    """Orthonormal frame of the span of ``a``; refuses or marks with NaN a rank-deficient one."""
+    dim, rank = a.shape[-2:]
+    if rank > dim or rank == 0:
+        raise fail(where, f"wrong number of columns in {name}", f"1 to {dim} (its rows)", rank)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), axis=-2, keepdims=True))
+    a = a / jnp.where(largest > 0, largest, 1)  # two steps, so that no square over- or underflows
+    q, r = jnp.linalg.qr(a)
+    norms = jnp.linalg.norm(jax.lax.stop_gradient(r), axis=-2, keepdims=True)
+    ok = _full_rank(r / jnp.where(norms > 0, norms, 1))
+    if is_concrete(ok) and not bool(jnp.all(ok)):
+        raise fail(
+            where,
+            f"the columns of {name} are not linearly independent",
+            f"rank {rank}",
+            "a lower rank, or entries that are not finite",
+            "drop zero and repeated columns",
+        )
+    return jnp.where(ok[..., None, None], q, jnp.nan)
+
+
+def principal_angles(
+    u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]
+) -> Float[Array, "*k3 m"]:
+    r"""Return the principal angles between the spans of ``u`` and ``v``, in radians, ascending.
+
+    Accurate to rounding at both ends: from 0 (where ``arccos`` alone has a floor of 1.5e-8 in
+    float64 and 3e-4 in float32) to pi/2. Where an angle is 0 or pi/2 the derivative does not
+    exist and a finite one is returned; losses are better built on the squared chordal distance.
+
+    Args:
+        u: ``[..., n, p]``, any frame of full column rank.
+        v: ``[..., n, q]``, likewise; leading axes broadcast against those of ``u``.
+
+    Returns:
+        ``[..., min(p, q)]`` in [0, pi/2]. Under ``jit``, where values cannot raise, a frame whose
+        columns are linearly dependent gives NaN instead of the error.
+
+    Raises:
+        ValueError: if the ambient dimensions differ, or a frame has more columns than rows or
+            (outside ``jit``) linearly dependent columns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> u = jnp.array([[1.0], [0.0], [0.0]])
+        >>> v = jnp.array([[1e6], [1.0], [0.0]])
+        >>> float(principal_angles(u, v)[0])
+        9.99999...e-07
+    """
+    where = "principal_angles"
+    if u.shape[-2] != v.shape[-2]:
+        raise fail(where, "ambient dimensions differ", f"{u.shape[-2]} rows in v", v.shape[-2])
+    dtype = jnp.promote_types(jnp.result_type(u, v), jnp.float32)
+    u, v = _orthonormal(where, "u", u.astype(dtype)), _orthonormal(where, "v", v.astype(dtype))
+    if u.shape[-1] > v.shape[-1]:
+        u, v = v, u
+    lead = jnp.broadcast_shapes(u.shape[:-2], v.shape[:-2])
+    u = jnp.broadcast_to(u, lead + u.shape[-2:])
+    v = jnp.broadcast_to(v, lead + v.shape[-2:])
+    vt = jnp.swapaxes(v, -1, -2)
+    outside = lambda x: x - jnp.matmul(v, jnp.matmul(vt, x, precision=_HIGHEST), precision=_HIGHEST)
+    cos = jnp.linalg.svd(jnp.matmul(vt, u, precision=_HIGHEST), compute_uv=False)
+    sin = jnp.linalg.svd(outside(outside(u)), compute_uv=False)[..., ::-1]
+    wide = cos**2 < 0.5
+    by_cos = jnp.arccos(jnp.where(wide, cos, 0.5))
+    by_sin = jnp.arcsin(jnp.clip(jnp.where(wide, 0.5, sin), 0, 1))
+    # NaN cosines fall to the sine's branch, which is NaN as well. Rounding may swap neighbours.
+    return jnp.sort(jnp.where(wide, by_cos, by_sin), axis=-1)
+
+
+def projector_distance(
+    u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]
+) -> Float[Array, "*k3"]:
+    r"""Return ``||P_U - P_V||_F``, which is 0 for equal spans and sqrt(p + q) for orthogonal ones.
+
+    This is the recovery error of the subspace-learning experiments. With p = q = d its largest
+    value is ``sqrt(2 d)`` (where n >= 2d). Arguments and errors as in :func:`principal_angles`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> eye = jnp.eye(4)
+        >>> float(projector_distance(eye[:, :2], eye[:, :3]))
+        1.0
+    """
+    extra = abs(u.shape[-1] - v.shape[-1])
+    return safe_sqrt(extra + 2 * jnp.sum(jnp.sin(principal_angles(u, v)) ** 2, axis=-1))
+
+
+def chordal_distance(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Array, "*k3"]:
+    """Return ``||sin t||_2``, the projector distance divided by sqrt(2) when ``p = q``.
+
+    With unequal dimensions this is the distance to the nearest subspace of the larger one.
+    Arguments and errors as in :func:`principal_angles`.
+    """
+    return safe_sqrt(jnp.sum(jnp.sin(principal_angles(u, v)) ** 2, axis=-1))
+
+
+def geodesic_distance(
+    u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]
+) -> Float[Array, "*k3"]:
+    """Return ``||t||_2``, the arc length between the subspaces on the Grassmannian.
+
+    With unequal dimensions this is the distance to the nearest subspace of the larger one.
+    Arguments and errors as in :func:`principal_angles`.
+    """
+    return safe_sqrt(jnp.sum(principal_angles(u, v) ** 2, axis=-1))
+
+
+def affinity(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Array, "*k3"]:
+    """Return ``sqrt(mean cos^2 t) = ||U^T V||_F / sqrt(min(p, q))``: 1 contained, 0 orthogonal.
+
+    Arguments and errors as in :func:`principal_angles`.
+
+    References:
+        Soltanolkotabi & Candes 2012, arXiv 1112.4258, definition 1.2.
+    """
+    return safe_sqrt(jnp.mean(jnp.cos(principal_angles(u, v)) ** 2, axis=-1))
+
+
+class Matching(NamedTuple):
+    """Which learned component stands for which true one."""
+
+    perm: Int[Array, " num_true"]
+    """``perm[i]`` is the index of the learned component matched to the true component i."""
+    distance: Float[Array, " num_true"]
+    """Projector distance of each matched pair."""
+
+
+def match_components(
+    true_bases: Float[Array, "num_true n d"], bases: Float[Array, "num_learned n2 r"]
+) -> Matching:
+    """Return the one-to-one matching of components with the smallest sum of projector distances.
+
+    Exact (the Hungarian method), and runs inside ``jit`` and ``vmap``.
+
+    Args:
+        true_bases: ``[num_true, n, d]``, full-rank frames.
+        bases: ``[num_learned, n, r]``, ``num_learned >= num_true``; surplus ones stay unmatched.
+
+    Returns:
+        ``(perm, distance)``, both ``[num_true]``. ``distance / sqrt(2 d)`` lies in [0, 1].
+
+    Raises:
+        ValueError: if there are fewer learned components than true ones, or as
+            :func:`principal_angles`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> bases = jnp.eye(6).reshape(3, 2, 6).swapaxes(1, 2)
+        >>> jax.jit(match_components)(bases, bases[jnp.array([2, 0, 1])]).perm.tolist()
+        [1, 2, 0]
+    """
+    if bases.shape[0] < true_bases.shape[0]:
+        raise fail(
+            "match_components",
+            "too few components",
+            f"at least {true_bases.shape[0]}",
+            bases.shape[0],
+            "swap the arguments to match the learned ones to a part of the true ones",
+        )
+    distances = projector_distance(true_bases[:, None], bases[None, :])
+    perm = assign(distances)
+    return Matching(perm, jnp.take_along_axis(distances, perm[:, None], axis=1)[:, 0])

@@ -1,0 +1,30 @@
+"""Training: the pure step, one-scan fits, the loop over devices, checkpoints, run directory."""
+
+from lowdim_diffusion.training import checkpoint, ema, optimizers, rundir
+from lowdim_diffusion.training.fit import fit
+from lowdim_diffusion.training.loop import Stretch, compile_loop
+from lowdim_diffusion.training.preemption import StopSignal
+from lowdim_diffusion.training.progress import ConsoleMonitor, Monitor, Report
+from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, make_train_step
+from lowdim_diffusion.training.trainer import NonFiniteLossError, Outcome, train
+
+__all__ = [
+    "ConsoleMonitor",
+    "Monitor",
+    "NonFiniteLossError",
+    "Outcome",
+    "Report",
+    "StopSignal",
+    "Stretch",
+    "TrainState",
+    "TrainStep",
+    "checkpoint",
+    "compile_loop",
+    "ema",
+    "fit",
+    "init_state",
+    "make_train_step",
+    "optimizers",
+    "rundir",
+    "train",
+]

@@ -1,0 +1,47 @@
+"""Small files that are old or new but never half written, and names that survive power loss."""
+
+import os
+import pathlib
+import shutil
+
+
+def sync_directory(path: pathlib.Path) -> None:
+    """Make the names inside a directory durable, where the file system has that notion."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: pathlib.Path) -> None:
+    """Make every file and every directory name below ``path``, and ``path`` itself, durable."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(pathlib.Path(folder))
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+    """Replace a text file by one rename: a reader, or a crash, sees the old text or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Delete a file, a link (never what it points to) or a whole directory."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)

@@ -1,0 +1,96 @@
+"""Optimizers by name, learning-rate schedules and clipping for training runs (optax)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+
+from lowdim_diffusion._checks import check_choice, check_range, fail
+from lowdim_diffusion._types import Scalar
+
+__all__ = ["learning_rate", "make"]
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "muon")
+DECAYS = ("constant", "cosine", "linear", "inverse-sqrt")
+
+
+def learning_rate(
+    lr: Scalar,
+    num_steps: int,
+    *,
+    warmup: int = 0,
+    decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "constant",
+    final: Scalar = 0.0,
+) -> Callable[[Any], Any]:
+    """Return the learning rate as a function of the step.
+
+    Args:
+        lr: peak learning rate, > 0.
+        num_steps: length of training; the cosine and linear decays end there.
+        warmup: steps of linear growth from 0.
+        decay: what follows the warm-up. ``inverse-sqrt`` stays at ``lr`` until a tenth of training
+            and falls as ``1/sqrt(step)`` from there (Karras et al. 2024, arXiv 2312.02696, eq. 15).
+        final: last learning rate as a fraction of ``lr`` (cosine and linear).
+    """
+    check_range("learning_rate", "lr", lr, 0, low_open=True)
+    check_choice("learning_rate", "decay", decay, DECAYS)
+    if not 0 <= warmup <= num_steps:
+        raise fail("learning_rate", "warmup out of range", f"0 to num_steps = {num_steps}", warmup)
+    rest = max(num_steps - warmup, 1)
+    match decay:
+        case "constant":
+            tail = optax.constant_schedule(lr)
+        case "cosine":
+            tail = optax.cosine_decay_schedule(lr, rest, final)
+        case "linear":
+            tail = optax.linear_schedule(lr, final * lr, rest)
+        case _:
+            flat = max(num_steps // 10, 1)
+            tail = lambda step: lr * (jnp.maximum(step, flat) / flat) ** -0.5
+    if not warmup:
+        return tail
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), tail], [warmup])
+
+
+def make(
+    name: Literal["adam", "adamw", "sgd", "lion", "muon"],
+    lr: Any,
+    *,
+    clip: Scalar | None = None,
+    weight_decay: Scalar = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+) -> optax.GradientTransformation:
+    """Return an optax optimizer, after clipping the gradient's global norm if asked.
+
+    Args:
+        name: ``adam``, ``adamw``, ``sgd`` (momentum ``b1``), ``lion`` or ``muon``.
+        lr: learning rate or a function of the step.
+        clip: largest global norm of the gradient, > 0; None does not clip.
+        weight_decay: decoupled weight decay (``adamw``, ``lion``, ``muon``).
+        b1: decay of the first moment, or momentum.
+        b2: decay of the second moment.
+        eps: Adam's epsilon.
+    """
+    check_choice("optimizers.make", "optimizer", name, OPTIMIZERS)
+    if weight_decay and name in ("adam", "sgd"):
+        raise fail(
+            "optimizers.make", "weight_decay", f"0 with {name!r}", weight_decay, "use 'adamw'"
+        )
+    match name:
+        case "adam":
+            core = optax.adam(lr, b1, b2, eps)
+        case "adamw":
+            core = optax.adamw(lr, b1, b2, eps, weight_decay=weight_decay)
+        case "sgd":
+            core = optax.sgd(lr, momentum=b1 or None)
+        case "lion":
+            core = optax.lion(lr, b1, b2, weight_decay=weight_decay)
+        case _:
+            core = optax.contrib.muon(lr, weight_decay=weight_decay)
+    if clip is None:
+        return core
+    check_range("optimizers.make", "clip", clip, 0, low_open=True)
+    return optax.chain(optax.clip_by_global_norm(clip), core)

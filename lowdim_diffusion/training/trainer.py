@@ -1,0 +1,194 @@
+"""The trainer: the compiled loop, with checkpoints, a log and signals around it.
+
+It promises that a run stopped anywhere and started again gives bit for bit the state of a run that
+was never stopped; that returning means the last step is on disk; and that a non-finite state never
+becomes a checkpoint.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lowdim_diffusion._checks import check_int
+from lowdim_diffusion._types import PRNGKey, PyTree
+from lowdim_diffusion.sharding import replicate, replicated
+from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError
+from lowdim_diffusion.training.loop import Examples, compile_loop
+from lowdim_diffusion.training.preemption import StopSignal
+from lowdim_diffusion.training.progress import Monitor, Report
+from lowdim_diffusion.training.rundir import RunDirectory, differences
+from lowdim_diffusion.training.step import TrainState, TrainStep
+
+__all__ = ["NonFiniteLossError", "Outcome", "train"]
+
+STRETCH_S = 1.0
+"""Aimed-at time between two looks at the host: a signal waits so long at most."""
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+class Outcome(NamedTuple):
+    """How training ended."""
+
+    status: Literal["done", "already done", "stopped"]
+    """``stopped``: a signal came; everything is saved, run again to continue."""
+    state: TrainState
+    first_step: int
+    """Step that this call began after."""
+    time_s: float
+    """Time spent in the loop."""
+    images_per_s: float
+    compile_s: float
+
+
+def train(
+    run: RunDirectory,
+    init: Callable[[], TrainState],
+    train_step: TrainStep,
+    examples: Examples,
+    arrays: PyTree,
+    *,
+    batch_size: int,
+    num_steps: int,
+    key: PRNGKey,
+    mesh: Mesh,
+    config_text: str = "",
+    fixed: Mapping[str, Any] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    checkpoint_every: int = 1000,
+    keep: int = 3,
+    sample_every: int = 0,
+    sample_fn: Callable[[int, TrainState], None] | None = None,
+    monitor: Monitor | None = None,
+    sinks: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+) -> Outcome:
+    """Train until ``num_steps`` in all, continuing what the run directory holds.
+
+    Args:
+        run: entered (locked) run directory.
+        init: makes the state before the first step; only its shapes are used on resuming.
+        train_step: made with ``axis_name=sharding.AXIS``.
+        examples: stateless batches ``(arrays, key, step, index) -> batch``.
+        arrays: what they are drawn from; put on every device.
+        batch_size: global batch size.
+        num_steps: total number of updates; a larger number than last time trains on.
+        key: decides batches and noise, together with the step.
+        mesh: devices.
+        config_text: written to ``config.toml`` once the run is known to be this one.
+        fixed: values that a resumed run must share with the first (seed, data, batch size, ...).
+        meta: further values stored in every checkpoint.
+        checkpoint_every: steps between checkpoints; the last step, and the step at which a signal
+            came, are saved too.
+        keep: how many of the newest checkpoints stay.
+        sample_every: steps between calls of ``sample_fn``; 0 never calls it.
+        sample_fn: ``(step, state)``.
+        monitor: shows progress.
+        sinks: get every metrics row besides ``metrics.jsonl``.
+
+    Raises:
+        NonFiniteLossError: at the first non-finite loss or gradient; checkpoints stay as they were.
+        IncompatibleStateError: the checkpoint is of another model, optimizer, data set or seed.
+        NoUsableCheckpointError: there are checkpoints, and none is sound.
+        CheckpointError: a checkpoint could not be written.
+    """
+    for name, value in (("num_steps", num_steps), ("checkpoint_every", checkpoint_every)):
+        check_int("train", name, value)
+    fixed = dict(fixed or {})
+    whole = replicated(mesh)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init)
+    )
+    note = monitor.note if monitor else lambda text: None
+    with StopSignal() as stop, Checkpointer(run.checkpoints_path, keep=keep) as checkpointer:
+        found = checkpointer.restore_latest(shapes)
+        first = 0 if found is None else found.step
+        if found is not None:
+            if changed := differences(found.meta.get("fixed", {}), fixed):
+                raise IncompatibleStateError(
+                    f"{run.path} holds a run that differs in {'; '.join(changed)}; use the old "
+                    "value, or another --out for a new run."
+                )
+            note(f"continuing {run.path} from step {first}")
+        if first >= num_steps:
+            return Outcome("already done", found.state, first, 0.0, 0.0, 0.0)  # pyright: ignore
+        state = replicate(init(), mesh) if found is None else found.state
+        arrays, key = replicate(arrays, mesh), replicate(key, mesh)
+        begin = time.monotonic()
+        loop = compile_loop(train_step, examples, batch_size, mesh, state, arrays)
+        compile_s = time.monotonic() - begin
+        # Nothing is written before the step is known to compile.
+        if changed := run.record_versions():
+            note(f"warning: not the set-up that wrote this, bits may differ: {'; '.join(changed)}")
+        if config_text:
+            run.write_config(config_text)
+        record = {**(meta or {}), "fixed": fixed}
+
+        def save(step: int) -> None:
+            log.flush()  # the rows of a checkpoint's steps are on disk before it is
+            checkpointer.save(step, state, record, force=True)
+
+        step, stretch, busy_s = first, 1, 0.0
+        with run.open_metrics(after_step=first) as log:
+            if monitor:
+                monitor.start(first, num_steps)
+            try:
+                while step < num_steps and not stop.requested:
+                    goal = _next_stop(step, num_steps, checkpoint_every, sample_every)
+                    begin = time.monotonic()
+                    out = loop(state, arrays, key, min(stretch, goal - step))
+                    spent = time.monotonic() - begin
+                    state, step, busy_s = out.state, step + out.num_steps, busy_s + spent
+                    for row in _rows(out.metrics, step, out.num_steps, batch_size):
+                        log.write(row)
+                        for sink in sinks:
+                            sink(row)
+                    if not out.finite:
+                        raise NonFiniteLossError(_bad_step(out.metrics, step, checkpointer.root))
+                    checkpointer.check()
+                    speed = out.num_steps / max(spent, 1e-9)
+                    stretch = int(np.clip(speed * STRETCH_S, 1, 4 * stretch))
+                    if monitor:
+                        loss = float(out.metrics["loss"].mean())
+                        left = (num_steps - step) / speed
+                        monitor.update(Report(step, num_steps, loss, speed * batch_size, left))
+                    if step % checkpoint_every == 0 or step == num_steps:
+                        save(step)
+                    if sample_fn and sample_every and step % sample_every == 0:
+                        sample_fn(step, state)
+                if stop.requested:
+                    note(f"{stop.name} received: saving step {step}")
+                save(step)
+                checkpointer.wait()
+            finally:
+                if monitor:
+                    monitor.close()
+    rate = (step - first) * batch_size / max(busy_s, 1e-9)
+    status = "done" if step >= num_steps else "stopped"
+    return Outcome(status, state, first, busy_s, rate, compile_s)
+
+
+def _next_stop(step: int, num_steps: int, *everys: int) -> int:
+    """The next step at which the host has something to do."""
+    return min([num_steps, *((step // every + 1) * every for every in everys if every)])
+
+
+def _rows(metrics: Mapping[str, np.ndarray], step: int, count: int, batch_size: int):
+    """One row per step of a stretch that ended at ``step``."""
+    columns = {name: values.tolist() for name, values in metrics.items()}
+    for i in range(count):
+        done = step - count + i + 1
+        yield {"step": done, "images": done * batch_size, **{k: v[i] for k, v in columns.items()}}
+
+
+def _bad_step(metrics: Mapping[str, np.ndarray], step: int, root: Any) -> str:
+    values = ", ".join(f"{name} {metrics[name][-1]:g}" for name in ("loss", "grad_norm"))
+    return (
+        f"step {step}: {values}; stopped. The checkpoints in {root} are from before. Lower the "
+        "learning rate, clip the gradients, or look at the data."
+    )

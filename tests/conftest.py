@@ -1,0 +1,58 @@
+"""Shared test set-up: emulated devices, strict dtypes, runtime shape checks."""
+
+import os
+
+# Most of the time goes into compiling; what is tested are the numbers, not the speed.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+import jaxtyping
+
+jaxtyping.install_import_hook("lowdim_diffusion", "typechecker.check")
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_make_parametrize_id(val):
+    """Bytes are named by their length: contents may differ between workers and be unprintable."""
+    return f"{len(val)}bytes" if isinstance(val, bytes) else None
+
+
+@pytest.fixture
+def key():
+    """A fresh typed key."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    """Float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """The package as users run it: no type checker, which would speak before its errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """Folder with real image files in users' formats; tests skip where there is none."""
+    path = os.environ.get("LOWDIM_TEST_DATA")
+    candidates = [pathlib.Path(path)] if path else []
+    candidates.append(pathlib.Path(__file__).resolve().parents[2] / "shared" / "data")
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    pytest.skip("no real data here: set LOWDIM_TEST_DATA to a folder with mnist/, cifar10/, ...")

@@ -1,0 +1,109 @@
+"""Figures show the numbers they were given, on the axes a reader expects."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from lowdim_diffusion.reporting import figures
+
+SIGMAS = np.geomspace(0.01, 80, 9)
+
+
+def lines(fig):
+    return {line.get_label(): line.get_xydata() for line in fig.axes[0].lines}
+
+
+def test_loss_curve_smooths_and_goes_to_log():
+    rng = np.random.default_rng(0)
+    steps = np.arange(800) * 25
+    losses = 3 * np.exp(-steps / 4000) + 0.05 + 0.01 * rng.random(800)
+    losses[7] = np.nan
+    fig = figures.loss_curve(steps, losses, window=20)
+    drawn = lines(fig)
+    np.testing.assert_allclose(drawn["each"], np.stack([steps, losses], 1)[np.arange(800) != 7])
+    smooth = drawn["mean of 21"]
+    kept = np.delete(losses, 7)
+    np.testing.assert_allclose(smooth[400, 1], kept[390:411].mean())
+    np.testing.assert_allclose(smooth[[0, -1], 1], kept[[0, -1]])
+    axes = fig.axes[0]
+    assert axes.get_yscale() == "log" and axes.get_xlabel() == "training step"
+    assert figures.loss_curve(steps, 1 + 0.1 * losses / 3).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("losses", [[], [0.5], [np.nan, np.nan], [-1.0, 2.0]])
+def test_loss_curve_of_hardly_anything(losses, tmp_path):
+    figures.loss_curve(np.arange(len(losses)), losses).savefig(tmp_path / "a.png")
+
+
+def test_singular_values_show_each_level():
+    values = np.arange(12, 0, -1)[None] / SIGMAS[:, None]
+    fig = figures.singular_values(SIGMAS, values, max_lines=3)
+    axes = fig.axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    np.testing.assert_allclose([line.get_ydata() for line in axes.lines], values[[0, 4, 8]])
+    assert "σ" in fig.axes[1].get_ylabel()
+    batch = np.stack([0.5 * values, 1.5 * values], 1)
+    fig = figures.singular_values(SIGMAS, batch, exact=values, max_lines=2)
+    np.testing.assert_allclose(fig.axes[0].lines[0].get_ydata(), values[0])
+    assert sum(line.get_linestyle() == "--" for line in fig.axes[0].lines) == 3  # two and a legend
+
+
+def test_singular_values_of_hardly_anything(tmp_path):
+    for sigmas, values in (([0.0], [[1.0]]), ([1.0], [[0.0, 0.0]]), ([1.0], [[2.0]])):
+        figures.singular_values(sigmas, values).savefig(tmp_path / "a.png")
+
+
+def test_rank_curve_is_drawn_against_inverse_noise():
+    ratio = np.linspace(0.9, 0.25, 9)
+    exact = np.full(3, 0.125)
+    fig = figures.rank_curve(
+        np.append(SIGMAS, 0.0), np.append(ratio, 1.0), exact=exact, exact_sigmas=[0.1, 1.0, 10.0]
+    )
+    drawn = lines(fig)
+    np.testing.assert_allclose(drawn["model"], np.stack([1 / SIGMAS, ratio], 1))
+    np.testing.assert_allclose(drawn["exact posterior mean"][:, 0], [10, 1, 0.1])
+    assert fig.axes[0].get_xscale() == "log" and fig.axes[0].get_yscale() == "linear"
+    assert "1/σ" in fig.axes[0].get_xlabel()
+    many = np.stack([ratio / 50 ** np.linspace(0, 1, 9)] * 4, 1)
+    fig = figures.rank_curve(SIGMAS, many)
+    assert fig.axes[0].get_yscale() == "log" and len(fig.axes[0].collections) == 1
+
+
+def test_pictures_in_figures():
+    x = np.random.default_rng(0).integers(0, 255, (7, 8, 8, 3), dtype=np.uint8)
+    fig = figures.nearest_pairs(x, x[::-1], np.arange(7), columns=4)
+    shown = [axes for axes in fig.axes if axes.images]
+    assert len(shown) == 14
+    np.testing.assert_array_equal(shown[0].images[0].get_array(), x[0])
+    captions = [axes.get_xlabel() for axes in shown if axes.get_xlabel()]
+    assert captions == [f"{i:.2f}" for i in range(7)]
+    states = (
+        np.random.default_rng(0).standard_normal((9, 5, 8, 8, 1))
+        * SIGMAS[::-1, None, None, None, None]
+    )
+    fig = figures.trajectory_strip(states, SIGMAS[::-1], rows=2, columns=4)
+    assert len(fig.axes) == 8 and fig.axes[0].get_title() == "σ = 80"
+    figures.trajectory_strip(np.ones((3, 1, 48)), SIGMAS[:3])
+
+
+def test_wrong_lengths_are_refused():
+    with pytest.raises(ValueError, match="wrong shape of sigmas"):
+        figures.rank_curve(SIGMAS[:3], np.ones(4))
+    with pytest.raises(ValueError, match="one loss per step"):
+        figures.loss_curve(np.arange(3), np.ones(4))
+    with pytest.raises(ValueError, match="one neighbour and one distance per sample"):
+        figures.nearest_pairs(np.ones((2, 4, 4)), np.ones((3, 4, 4)), np.ones(2))
+    with pytest.raises(ValueError, match="shape of the singular values"):
+        figures.singular_values(SIGMAS, np.ones(9))
+
+
+def test_no_global_state_and_a_clear_error_without_matplotlib(monkeypatch):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.rank_curve(SIGMAS, np.ones(9))
+    assert dict(matplotlib.rcParams) == before
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'lowdim-diffusion\[plots\]'"):
+        figures.rank_curve(SIGMAS, np.ones(9))

@@ -1,0 +1,32 @@
+"""Every benchmark case runs at its smallest size; the harness's arithmetic is checked by hand."""
+
+import json
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.cases import CASES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_case_runs(name):
+    result = harness.run(CASES[name], "smoke", repeats=1)
+    assert len(result["rows"]) >= 2
+    assert all(row["median_ms"] > 0 for row in result["rows"])
+    assert result["rows"][0]["ratio"] == 1
+    assert name in harness.table(result)
+
+
+def test_ratios_are_per_unit_and_pairwise(monkeypatch, tmp_path):
+    clock = iter([0, 1, 1, 2, *[0, 2, 0, 9], *[0, 4, 0, 10]])  # (begin, end) of each call
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    variants = [harness.Variant("a", lambda: None, 1), harness.Variant("b", lambda: None, 3)]
+    case = harness.Case("c", "step", lambda size: variants)
+    first, second = harness.run(case, "smoke", repeats=2)["rows"]
+    assert first["ratio"] == 1 and first["median_ms"] == 3000
+    assert (second["ratio_min"], second["ratio_max"]) == (pytest.approx(5 / 6), 1.5)
+    monkeypatch.undo()
+    harness.write(tmp_path / "deep" / "b.json", [{"case": "c"}])
+    stored = json.loads((tmp_path / "deep" / "b.json").read_text())
+    assert stored["environment"]["jax"] and stored["results"] == [{"case": "c"}]

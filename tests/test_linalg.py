@@ -1,0 +1,91 @@
+"""Frames, projections and the polar factor against NumPy and SciPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax.test_util import check_grads
+
+from lowdim_diffusion import linalg
+
+
+def gaussian(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def test_orthonormalize_spans_the_same_space(x64):
+    a = gaussian(0, 3, 9, 4)
+    q = linalg.orthonormalize(a)
+    np.testing.assert_allclose(
+        jnp.einsum("kni,knj->kij", q, q), np.tile(np.eye(4), (3, 1, 1)), atol=1e-14
+    )
+    for k in range(3):
+        r = np.asarray(q[k].T @ a[k])
+        np.testing.assert_allclose(q[k] @ r, a[k], atol=1e-13)
+        assert np.all(np.diag(r) > 0)
+        np.testing.assert_allclose(r, np.triu(r), atol=1e-13)
+
+
+def test_orthonormalize_refuses_wide():
+    with pytest.raises(ValueError, match="too many columns: expected at most 2, got 3"):
+        linalg.orthonormalize(jnp.ones((2, 3)))
+
+
+def test_random_frames(key):
+    frames = linalg.random_frames(key, 3, 20, 4, orthogonal=True)
+    joint = np.concatenate(list(np.asarray(frames)), axis=1)
+    np.testing.assert_allclose(joint.T @ joint, np.eye(12), atol=2e-6)
+    free = linalg.random_frames(key, 3, 5, 4)
+    np.testing.assert_allclose(
+        jnp.einsum("kni,knj->kij", free, free), np.tile(np.eye(4), (3, 1, 1)), atol=2e-6
+    )
+
+
+def test_random_frames_are_uniform(key):
+    """For a uniform frame E[U U^T] = (d/n) I."""
+    frames = linalg.random_frames(key, 20_000, 4, 2)
+    mean = jnp.einsum("kni,kmi->nm", frames, frames) / frames.shape[0]
+    np.testing.assert_allclose(mean, 0.5 * np.eye(4), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((2, 5, 6, False), "rank too large"), ((3, 5, 2, True), "no room for mutually orthogonal")],
+)
+def test_random_frames_errors(key, arguments, message):
+    *sizes, orthogonal = arguments
+    with pytest.raises(ValueError, match=message):
+        linalg.random_frames(key, *sizes, orthogonal=orthogonal)
+
+
+def test_project_broadcasts(x64):
+    u, x = linalg.orthonormalize(gaussian(1, 3, 6, 2)), gaussian(2, 5, 6)
+    out = linalg.project(u[:, None], x[None])
+    expected = np.einsum("kni,kmi,bm->kbn", u, u, x)
+    np.testing.assert_allclose(out, expected, atol=1e-13)
+
+
+def test_polar_against_scipy(x64):
+    a = gaussian(3, 7, 3)
+    np.testing.assert_allclose(linalg.polar(a), scipy.linalg.polar(np.asarray(a))[0], atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [linalg.polar, linalg.orthonormalize])
+def test_gradients(function, x64):
+    a = gaussian(4, 2, 7, 3)
+    of_array = lambda a: function(jnp.asarray(a))
+    check_grads(of_array, (a,), order=1)
+    # At an orthonormal point all singular values coincide, where the SVD's own derivative fails.
+    check_grads(of_array, (linalg.orthonormalize(a),), order=1)
+
+
+def test_safe_sqrt_gradient():
+    x = jnp.array([0.0, -1.0, 4.0])
+    np.testing.assert_allclose(linalg.safe_sqrt(x), [0, 0, 2])
+    np.testing.assert_allclose(jax.grad(lambda x: linalg.safe_sqrt(x).sum())(x), [0, 0, 0.25])
+
+
+def test_expand_right():
+    assert linalg.expand_right(jnp.ones(3), 4).shape == (3, 1, 1, 1)
+    assert linalg.expand_right(2.0, 4).shape == ()

@@ -1,0 +1,53 @@
+"""Meshes, placement and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowdim_diffusion import sharding
+
+
+def test_mesh_sizes():
+    assert sharding.data_mesh().size == len(jax.devices())
+    assert sharding.data_mesh(2).axis_names == ("data",)
+
+
+def test_too_many_devices():
+    count = len(jax.devices())
+    with pytest.raises(
+        ValueError, match=rf"expected 1 to {count} \(cpu\), got {count + 1}; .*XLA_FLAGS"
+    ):
+        sharding.data_mesh(count + 1)
+
+
+def test_placement():
+    mesh = sharding.data_mesh(4)
+    batch = sharding.shard_batch({"x": jnp.arange(8.0)}, mesh)
+    assert [s.data.tolist() for s in batch["x"].addressable_shards] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    whole = sharding.replicate(jnp.arange(3.0), mesh)
+    assert all(s.data.tolist() == [0, 1, 2] for s in whole.addressable_shards)
+
+
+def test_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="multiple of 4 devices, got batch size 6; try 8 or 4"):
+        sharding.shard_batch(jnp.ones(6), sharding.data_mesh(4))
+    with pytest.raises(ValueError, match=r"got batch size 3; try 4\."):
+        sharding.check_batch(3, 4)
+
+
+def test_keys_depend_on_the_index_alone(key):
+    whole = sharding.example_keys(key, jnp.arange(6))
+    part = sharding.example_keys(key, jnp.arange(2, 4))
+    np.testing.assert_array_equal(jax.random.key_data(whole)[2:4], jax.random.key_data(part))
+    assert len(np.unique(jax.random.key_data(whole), axis=0)) == 6
+
+
+def test_local_index_under_a_map():
+    out = jax.pmap(lambda _: sharding.local_index(3, "data"), axis_name="data")(jnp.zeros(4))
+    np.testing.assert_array_equal(out, np.arange(12).reshape(4, 3))
