@@ -36,7 +36,8 @@ def check_shape(
         w is None or w == s for s, w in zip(shape, wanted, strict=True)
     )
     if not same:
-        text = "(" + ", ".join("any" if w is None else str(w) for w in wanted) + ")"
+        lengths = ["any" if w is None else str(w) for w in wanted]
+        text = f"({lengths[0]},)" if len(lengths) == 1 else f"({', '.join(lengths)})"
         raise fail(where, f"wrong shape of {name}", text, shape, fix)
 
 

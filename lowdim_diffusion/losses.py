@@ -245,7 +245,6 @@ def make_loss(
     weight = edm_weight(data_std) if weight is None else weight
     level = log_normal() if level is None else level
     num_classes = net.num_classes
-    hard = net.config.get("assignment") == "hard"
 
     def loss_fn(params: Params, batch: Batch, key: Any) -> Array:
         batch = batch if isinstance(batch, dict) else {"x": batch}
@@ -269,7 +268,7 @@ def make_loss(
             data_std=data_std,
             cond=cond,
             dropout_keys=example_keys(dropout_key, index) if dropout else None,
-            **({"clean": x0} if hard else {}),
+            **({"clean": x0} if net.takes_clean else {}),
         )
         return weight(log_snr, density) * squared_errors(denoise_fn, schedule, x0, t, eps)
 

@@ -91,10 +91,10 @@ def analyze(
 
     note(f"comparing them with {dataset.num_examples} training examples")
     train = dataset.floats()
-    near = generalization.nearest(samples, train)
+    near = generalization.nearest(samples, train, k=min(2, dataset.num_examples))
     memorized = None
     if dataset.num_examples > 1:
-        memorized = float(generalization.memorized_fraction(samples, train))
+        memorized = float(generalization.is_memorized(near).mean())
 
     dim = int(np.prod(model.net.data_shape))
     if num_spectra is None:

@@ -95,7 +95,7 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     """Write everything measured as arrays."""
     import numpy as np
 
-    from lowdim_diffusion.cli.drawing import write_file
+    from lowdim_diffusion._files import write_atomic
 
     arrays = {
         "samples": measured.samples,
@@ -112,7 +112,7 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     }
     stored = io.BytesIO()
     np.savez_compressed(stored, **{k: v for k, v in arrays.items() if v is not None})
-    return write_file(path, stored.getvalue())
+    return write_atomic(path, stored.getvalue())
 
 
 def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:

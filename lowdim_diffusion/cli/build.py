@@ -217,32 +217,27 @@ def optimizer(config: OptimConfig, num_steps: int) -> Any:
         max(num_steps, config.warmup),
         warmup=config.warmup,
         decay=config.decay,
-        final=config.final,
+        final=config.final or 0.0,
     )
-    return training.optimizers.make(
-        config.name,
-        lr,
-        clip=config.clip or None,
-        weight_decay=config.weight_decay,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-    )
+    options = {"b1": config.beta1, "b2": config.beta2, **_given(config, "eps", "weight_decay")}
+    given = {name: value for name, value in options.items() if value is not None}
+    return training.optimizers.make(config.name, lr, clip=config.clip or None, **given)
 
 
 def ema(config: TrainConfig) -> Any:
     """Return the decay of the moving average, or None."""
     if config.ema_std is not None:
         return training.ema.power(training.ema.gamma_from_std(config.ema_std))
-    return training.ema.classic(config.ema) if config.ema else None
+    decay = 0.999 if config.ema is None else config.ema
+    return training.ema.classic(decay) if decay else None
 
 
 def solver(config: SampleConfig) -> solvers.Solver:
     """Return the sampler."""
     return {
-        "heun": lambda: solvers.heun(config.churn),
+        "heun": lambda: solvers.heun(config.churn or 0.0),
         "euler": solvers.euler,
-        "ddim": lambda: solvers.ddim(config.eta),
+        "ddim": lambda: solvers.ddim(config.eta or 0.0),
         "dpmpp-2m": solvers.dpmpp_2m,
         "ancestral": solvers.ancestral,
     }[config.solver]()
@@ -254,12 +249,17 @@ def grid(config: SampleConfig, schedule: Schedule) -> Array:
         return schedules.log_snr_grid(schedule, config.num_steps)
     if config.grid == "uniform":
         return schedules.uniform_grid(schedule, config.num_steps)
-    # As far as the schedule reaches: a little inside, for rounding.
     low = float(schedules.noise_levels(schedule, schedule.t_min))
     high = float(schedules.noise_levels(schedule, schedule.t_max))
+    for name, level in (("min", config.sigma_min), ("max", config.sigma_max)):
+        if level is not None and not low * (1 - 1e-5) <= level <= high * (1 + 1e-5):
+            raise ValueError(
+                f"--sample.sigma-{name} {level:g}: the schedule's noise levels go from {low:.4g} "
+                f"to {high:.4g}; choose one of these, or another --schedule."
+            )
     first = min(80.0 if config.sigma_max is None else config.sigma_max, high)
     last = max(0.002 if config.sigma_min is None else config.sigma_min, low)
-    sigmas = schedules.karras_grid(config.num_steps, last, first, config.rho)
+    sigmas = schedules.karras_grid(config.num_steps, last, first, config.rho or 7.0)
     return schedules.times_from_sigmas(schedule, sigmas)
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "check",
+    "check_choices",
     "check_ranges",
     "flag",
     "option",
@@ -187,16 +188,16 @@ class OptimConfig:
     """Steps over which the learning rate grows from 0."""
     decay: Literal["constant", "cosine", "linear", "inverse-sqrt"] = "constant"
     """Learning rate after the warm-up."""
-    final: float = option(0.0, ge=0, le=1)
-    """cosine, linear: last learning rate as a fraction of the peak."""
-    beta1: float = option(0.9, ge=0, lt=1)
-    """Decay of the gradient's average (the momentum of sgd)."""
-    beta2: float = option(0.999, ge=0, lt=1)
-    """Decay of the squared gradient's average."""
-    eps: float = option(1e-8, gt=0)
-    """Adam's epsilon."""
-    weight_decay: float = option(0.0, ge=0)
-    """Decoupled weight decay (adamw, lion, muon)."""
+    final: float | None = option(ge=0, le=1, decay="cosine linear")
+    """cosine, linear: last learning rate as a fraction of the peak; unset takes 0."""
+    beta1: float | None = option(ge=0, lt=1, name="adam adamw sgd lion")
+    """adam, adamw, lion: decay of the gradient's average; sgd: momentum; unset takes 0.9."""
+    beta2: float | None = option(ge=0, lt=1, name="adam adamw lion")
+    """adam, adamw: decay of the squared gradient's average; lion: of its second one."""
+    eps: float | None = option(gt=0, name="adam adamw")
+    """adam, adamw: what keeps the division finite."""
+    weight_decay: float | None = option(ge=0, name="adamw lion muon")
+    """adamw, lion, muon: decoupled weight decay; unset takes 0.0001, 0.001, 0."""
     clip: float = option(1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
     accumulate: int = option(1, ge=1)
@@ -211,8 +212,8 @@ class TrainConfig:
     """Updates in all; a larger number continues a finished run."""
     batch_size: int = option(128, ge=1)
     """Examples per update, over all devices together."""
-    ema: float = option(0.999, ge=0, lt=1)
-    """Decay of the moving average of the parameters, which samples come from; 0 keeps none."""
+    ema: float | None = option(ge=0, lt=1, ema_std="none")
+    """Decay of the parameters' moving average that samples come from; unset 0.999, 0 keeps none."""
     ema_std: float | None = option(gt=0, lt=0.28)
     """Relative width of a power-function average instead (EDM2; 0.05 to 0.25)."""
     sample_every: int = option(0, ge=0)
@@ -249,12 +250,12 @@ class SampleConfig:
     """karras: smallest noise level; unset takes 0.002 or the schedule's smallest."""
     sigma_max: float | None = option(gt=0, grid="karras")
     """karras: largest noise level; unset takes 80 or the schedule's largest."""
-    rho: float = option(7.0, gt=0)
-    """karras: 1 is uniform, larger puts more steps at low noise."""
-    churn: float = option(0.0, ge=0)
-    """heun: noise added back in, EDM's S_churn; 0 is deterministic."""
-    eta: float = option(0.0, ge=0, le=1)
-    """ddim: 0 is deterministic, 1 ancestral."""
+    rho: float | None = option(gt=0, grid="karras")
+    """karras: 1 is uniform, larger puts more steps at low noise; unset takes 7."""
+    churn: float | None = option(ge=0, solver="heun")
+    """heun: noise added back in, EDM's S_churn; unset adds none (deterministic)."""
+    eta: float | None = option(ge=0, le=1, solver="ddim")
+    """ddim: 0 (deterministic) to 1 (ancestral); unset takes 0."""
 
 
 @dataclass(frozen=True)
@@ -299,46 +300,48 @@ def _misplaced(section: Any, f: dataclasses.Field) -> tuple[str, str, str] | Non
     if getattr(section, f.name) is None:
         return None
     for choice, allowed in f.metadata.get("only", {}).items():
-        chosen = getattr(section, choice)
+        chosen = str(getattr(section, choice)).lower()
         if chosen not in allowed.split():
             return choice, chosen, allowed
     return None
 
 
-def settle(config: RunConfig, base: RunConfig) -> RunConfig:
+def settle(config: Any, base: Any) -> Any:
     """Return ``config`` without leftovers: options that only ``base`` set, for another choice.
 
     ``--preset mnist --model.name mlp`` drops the preset's U-Net options this way; an option that
-    the user gave for the wrong network stays, and :func:`check` refuses it.
+    the user gave for the wrong network stays, and :func:`check` refuses it. Both are run configs,
+    or the same section of two.
     """
-    sections = {}
+    new = {}
     for f in dataclasses.fields(config):
-        section, old = getattr(config, f.name), getattr(base, f.name)
-        if dataclasses.is_dataclass(section) and not isinstance(section, type):
-            dropped = {
-                g.name: None
-                for g in dataclasses.fields(section)
-                if _misplaced(section, g)
-                and not _misplaced(old, g)
-                and getattr(section, g.name) == getattr(old, g.name)
-            }
-            sections[f.name] = dataclasses.replace(section, **dropped)
-    return dataclasses.replace(config, **sections)
+        value, old = getattr(config, f.name), getattr(base, f.name)
+        if dataclasses.is_dataclass(value):
+            new[f.name] = settle(value, old)
+        elif _misplaced(config, f) and not _misplaced(base, f) and value == old:
+            new[f.name] = None
+    return dataclasses.replace(config, **new)
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raise ``ValueError`` in one line if an option is set that belongs to another choice."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_choices(value, f"{prefix}{f.name}.")
+        elif misplaced := _misplaced(config, f):
+            choice, chosen, allowed = misplaced
+            name = choice.replace("_", "-")
+            raise ValueError(
+                f"{flag(prefix + f.name)} belongs to {flag(prefix + choice)} "
+                f"{' or '.join(allowed.split())}, but {name} is {chosen!r}"
+            )
 
 
 def check(config: RunConfig) -> None:
     """Raise ``ValueError`` in one line if a value is out of range or options contradict."""
     check_ranges(config)
-    for section_field in dataclasses.fields(config):
-        section = getattr(config, section_field.name)
-        for f in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            if misplaced := _misplaced(section, f):
-                choice, chosen, allowed = misplaced
-                raise ValueError(
-                    f"{flag(f'{section_field.name}.{f.name}')} belongs to "
-                    f"{flag(f'{section_field.name}.{choice}')} {' or '.join(allowed.split())}, "
-                    f"but {choice} is {chosen!r}"
-                )
+    check_choices(config)
     for section, low, high in (
         ("schedule", "sigma_min", "sigma_max"),
         ("schedule", "beta_min", "beta_max"),

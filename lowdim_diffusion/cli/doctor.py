@@ -26,19 +26,19 @@ examples
   XLA_FLAGS=--xla_force_host_platform_device_count=8 lowdim doctor
 """
 
-# Package, oldest version that works, the module to import. Kept equal to pyproject.toml by a test.
+# Package, versions that work, the module to import. Kept equal to pyproject.toml by a test.
 REQUIRED = {
-    "jax": ("0.10.2", "jax"),
-    "flax": ("0.12.8", "flax"),
-    "optax": ("0.2.8", "optax"),
-    "orbax-checkpoint": ("0.12.8", "orbax.checkpoint"),
-    "chex": ("0.1.92", "chex"),
-    "numpy": ("2.1", "numpy"),
-    "jaxtyping": ("0.3.11", "jaxtyping"),
-    "tyro": ("1.0.17", "tyro"),
-    "cattrs": ("26.1", "cattrs"),
-    "tomli-w": ("1.2", "tomli_w"),
-    "rich": ("13", "rich"),
+    "jax": (">=0.10.2", "jax"),
+    "flax": (">=0.12.8", "flax"),
+    "optax": (">=0.2.8", "optax"),
+    "orbax-checkpoint": (">=0.12.8,<0.13", "orbax.checkpoint"),
+    "chex": (">=0.1.92", "chex"),
+    "numpy": (">=2.1", "numpy"),
+    "jaxtyping": (">=0.3.11", "jaxtyping"),
+    "tyro": (">=1.0.17", "tyro"),
+    "cattrs": (">=26.1", "cattrs"),
+    "tomli-w": (">=1.2", "tomli_w"),
+    "rich": (">=13", "rich"),
 }
 EXTRAS = {
     "plots": {"matplotlib": "3.10", "pillow": "12"},
@@ -119,14 +119,18 @@ def _memory() -> tuple[str, str]:
 
 def _packages(broken: list[str]) -> None:
     print("\nRequired")
-    for package, (oldest, module) in REQUIRED.items():
+    for package, (versions, module) in REQUIRED.items():
         found = _version(package)
+        oldest, _, beyond = versions.removeprefix(">=").partition(",<")
         if found is None:
-            _row(package, "missing", f'pip install "{package}>={oldest}"')
-            broken.append(f'{package} is missing: pip install "{package}>={oldest}"')
+            _row(package, "missing", f'pip install "{package}{versions}"')
+            broken.append(f'{package} is missing: pip install "{package}{versions}"')
         elif _numbers(found) < _numbers(oldest):
             _row(package, found, f"too old, {oldest} or newer is needed")
-            broken.append(f'{package} {found} is too old: pip install -U "{package}>={oldest}"')
+            broken.append(f'{package} {found} is too old: pip install -U "{package}{versions}"')
+        elif beyond and _numbers(found) >= _numbers(beyond):
+            _row(package, found, f"too new, a version before {beyond} is needed")
+            broken.append(f'{package} {found} is too new: pip install "{package}{versions}"')
         else:
             try:
                 importlib.import_module(module)

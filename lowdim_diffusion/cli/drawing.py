@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowdim_diffusion import data, reporting, sampling
+from lowdim_diffusion._files import write_atomic
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build
 from lowdim_diffusion.cli.config import SampleConfig
 
-__all__ = ["default_labels", "sampler", "save", "write_file"]
+__all__ = ["default_labels", "sampler", "save"]
 
 
 def sampler(
@@ -82,23 +82,8 @@ def save(stem: pathlib.Path, x: np.ndarray, **extra: Any) -> list[pathlib.Path]:
     pictures = x.ndim == 4 and x.shape[-1] in (1, 3)
     stored = io.BytesIO()
     np.savez_compressed(stored, x=data.to_uint8(x) if pictures else x, **extra)
-    written = [write_file(stem.with_name(stem.name + ".npz"), stored.getvalue())]
+    written = [write_atomic(stem.with_name(stem.name + ".npz"), stored.getvalue())]
     if pictures:
         content = reporting.png(reporting.image_grid(x[:256]))
-        written.append(write_file(stem.with_name(stem.name + ".png"), content))
+        written.append(write_atomic(stem.with_name(stem.name + ".png"), content))
     return written
-
-
-def write_file(path: pathlib.Path, content: bytes) -> pathlib.Path:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    return path

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowdim_diffusion.cli.config import Grid, SampleConfig, Solver, option
+from lowdim_diffusion.cli.config import (
+    Grid,
+    SampleConfig,
+    Solver,
+    check_choices,
+    option,
+    settle,
+)
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
 from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
 
@@ -36,7 +43,7 @@ class SampleArguments:
     grid: Grid | None = None
     """Spacing of the noise levels."""
     churn: float | None = option(ge=0)
-    """heun: noise added back in; 0 is deterministic."""
+    """heun: noise added back in, EDM's S_churn; 0 is deterministic."""
     eta: float | None = option(ge=0, le=1)
     """ddim: 0 is deterministic, 1 ancestral."""
     label: int | None = option(ge=0)
@@ -118,4 +125,6 @@ def _settings(own: SampleConfig, given: SampleArguments) -> SampleConfig:
     set_: dict[str, Any] = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
     if given.steps is not None:
         set_["num_steps"] = given.steps
-    return replace(own, **set_)
+    settings = settle(replace(own, **set_), own)
+    check_choices(settings)
+    return settings

@@ -3,6 +3,7 @@
 from lowdim_diffusion.generalization.neighbors import Nearest, nearest
 from lowdim_diffusion.generalization.scores import (
     generalization_score,
+    is_memorized,
     memorized_fraction,
     pixel_embedding,
     reproducibility_score,
@@ -11,6 +12,7 @@ from lowdim_diffusion.generalization.scores import (
 __all__ = [
     "Nearest",
     "generalization_score",
+    "is_memorized",
     "memorized_fraction",
     "nearest",
     "pixel_embedding",

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from lowdim_diffusion._checks import check_range, fail
-from lowdim_diffusion._types import Array, ArrayLike, Float, Scalar
-from lowdim_diffusion.generalization.neighbors import _flat, nearest
+from lowdim_diffusion._types import Array, ArrayLike, Bool, Float, Scalar
+from lowdim_diffusion.generalization.neighbors import Nearest, _flat, nearest
 from lowdim_diffusion.linalg import safe_sqrt
 
 
@@ -109,6 +109,21 @@ def reproducibility_score(
     return jnp.mean((cosine > threshold).astype(cosine.dtype))
 
 
+def is_memorized(near: Nearest, ratio: Scalar = 1 / 3) -> Bool[Array, " b"]:
+    """Return which samples are much nearer to one training example than to any other.
+
+    Args:
+        near: their two or more nearest training examples, from :func:`nearest`.
+        ratio: as in :func:`memorized_fraction`.
+    """
+    check_range("is_memorized", "ratio", ratio, 0, 1, low_open=True)
+    d = near.distance
+    if d.shape[-1] < 2:
+        fix = "call nearest with k=2"
+        raise fail("is_memorized", "too few neighbours", "at least 2", d.shape[-1], fix)
+    return (d[:, 0] < ratio * d[:, 1]) | (d[:, 0] == 0)
+
+
 def memorized_fraction(
     samples: ArrayLike, train: ArrayLike, ratio: Scalar = 1 / 3
 ) -> Float[Array, ""]:
@@ -129,8 +144,7 @@ def memorized_fraction(
         >>> float(memorized_fraction(jnp.array([[0.1], [0.4], [1.0], [3.0]]), train))
         0.5
     """
-    check_range("memorized_fraction", "ratio", ratio, 0, 1, low_open=True)
     if jnp.shape(train)[0] < 2:
         raise fail("memorized_fraction", "too few training examples", "at least 2", 1)
-    d = nearest(samples, train, k=2).distance
-    return jnp.mean(((d[:, 0] < ratio * d[:, 1]) | (d[:, 0] == 0)).astype(d.dtype))
+    near = nearest(samples, train, k=2)
+    return jnp.mean(is_memorized(near, ratio).astype(near.distance.dtype))

@@ -40,12 +40,13 @@ class Network:
               given.
 
             The out-of-range checks of ``cond`` see only concrete arrays: under ``jit`` a label
-            above ``num_classes`` counts as no label. A network with hard assignment takes the clean
-            example as ``clean=``.
+            above ``num_classes`` counts as no label. A network with ``takes_clean`` also takes
+            ``clean: [b, *data_shape]``.
         config: plain Python values; ``make(net.name, **net.config)`` builds the same network again.
         input_scale: ``"unit"``: ``x`` is ``c_in x_t`` with unit variance; ``"clean"``: ``x`` is
             ``x_t / alpha``, a clean example plus ``exp(4 c_noise)`` times standard normal noise.
         num_classes: number of classes, 0 for an unconditional network.
+        takes_clean: whether training shows it the clean examples (hard assignment does).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Network:
     config: Mapping[str, Any] = field(default_factory=dict)
     input_scale: Literal["unit", "clean"] = "unit"
     num_classes: int = 0
+    takes_clean: bool = False
 
     @property
     def num_params(self) -> int:

@@ -146,6 +146,7 @@ def build(config: Config) -> Network:
         checked("lowrank", data_shape, forward),
         asdict(config),
         input_scale="clean",
+        takes_clean=config.assignment == "hard",
     )
 
 

@@ -41,8 +41,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from lowdim_diffusion import _files
 from lowdim_diffusion._types import PyTree
-from lowdim_diffusion.training import _files, _leaves
+from lowdim_diffusion.training import _leaves
 
 __all__ = [
     "FORMAT_VERSION",

@@ -11,7 +11,14 @@ from lowdim_diffusion._types import Scalar
 
 __all__ = ["learning_rate", "make"]
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "lion", "muon")
+OPTIONS = {
+    "adam": ("b1", "b2", "eps"),
+    "adamw": ("b1", "b2", "eps", "weight_decay"),
+    "sgd": ("b1",),
+    "lion": ("b1", "b2", "weight_decay"),
+    "muon": ("weight_decay",),
+}
+"""What each optimizer can be told."""
 DECAYS = ("constant", "cosine", "linear", "inverse-sqrt")
 
 
@@ -58,38 +65,37 @@ def make(
     lr: Any,
     *,
     clip: Scalar | None = None,
-    weight_decay: Scalar = 0.0,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
+    **options: Scalar,
 ) -> optax.GradientTransformation:
     """Return an optax optimizer, after clipping the gradient's global norm if asked.
 
     Args:
-        name: ``adam``, ``adamw``, ``sgd`` (momentum ``b1``), ``lion`` or ``muon``.
+        name: ``adam``, ``adamw``, ``sgd`` (with momentum), ``lion`` or ``muon``.
         lr: learning rate or a function of the step.
         clip: largest global norm of the gradient, > 0; None does not clip.
-        weight_decay: decoupled weight decay (``adamw``, ``lion``, ``muon``).
-        b1: decay of the first moment, or momentum.
-        b2: decay of the second moment.
-        eps: Adam's epsilon.
+        options: those of :data:`OPTIONS` that the optimizer has, by default optax's values: ``b1``
+            decay of the first moment (sgd: momentum, 0.9), ``b2`` of the second, ``eps``, and the
+            decoupled ``weight_decay``.
+
+    Raises:
+        ValueError: for an unknown optimizer, or an option that it does not have.
     """
-    check_choice("optimizers.make", "optimizer", name, OPTIMIZERS)
-    if weight_decay and name in ("adam", "sgd"):
-        raise fail(
-            "optimizers.make", "weight_decay", f"0 with {name!r}", weight_decay, "use 'adamw'"
-        )
+    check_choice("optimizers.make", "optimizer", name, list(OPTIONS))
+    if unknown := sorted(set(options) - set(OPTIONS[name])):
+        have = f"one of {', '.join(OPTIONS[name])}"
+        fix = "use 'adamw'" if "weight_decay" in unknown else ""
+        raise fail("optimizers.make", f"option of {name!r}", have, ", ".join(unknown), fix)
     match name:
         case "adam":
-            core = optax.adam(lr, b1, b2, eps)
+            core = optax.adam(lr, **options)
         case "adamw":
-            core = optax.adamw(lr, b1, b2, eps, weight_decay=weight_decay)
+            core = optax.adamw(lr, **options)
         case "sgd":
-            core = optax.sgd(lr, momentum=b1 or None)
+            core = optax.sgd(lr, momentum=options.get("b1", 0.9) or None)
         case "lion":
-            core = optax.lion(lr, b1, b2, weight_decay=weight_decay)
+            core = optax.lion(lr, **options)
         case _:
-            core = optax.contrib.muon(lr, weight_decay=weight_decay)
+            core = optax.contrib.muon(lr, **options)
     if clip is None:
         return core
     check_range("optimizers.make", "clip", clip, 0, low_open=True)

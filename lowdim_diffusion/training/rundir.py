@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowdim_diffusion.training import _files
+from lowdim_diffusion import _files
 
 try:
     import fcntl

@@ -75,7 +75,7 @@ def test_order_is_defaults_preset_file_command_line(tmp_path):
     assert run.optim.lr == 0.25
     assert run.train.steps == 11
     assert run.model.channel_mult == preset("mnist").model.channel_mult
-    assert run.optim.beta1 == RunConfig().optim.beta1
+    assert run.optim.clip == RunConfig().optim.clip
 
 
 def test_a_saved_run_is_continued_with_its_own_config(tmp_path):
@@ -84,6 +84,8 @@ def test_a_saved_run_is_continued_with_its_own_config(tmp_path):
     again = parsed("--out", str(tmp_path), "--train.steps", "77")
     assert again.model == saved.model and again.optim == saved.optim
     assert again.train.steps == 77 and again.out == str(tmp_path)
+    # What belonged to the run's old choice goes with it.
+    assert parsed("--preset", "demo", "--train.ema-std", "0.1").train.ema is None
     # A preset or a file says that another run is meant.
     assert parsed("--out", str(tmp_path), "--preset", "digits").model == RunConfig().model
 
@@ -110,6 +112,12 @@ MISTAKES = [
     ("--model.name dti", "got 'dti'; did you mean dit?"),
     ("--model.joint maybe --model.name lowrank", "expected true or false, got 'maybe'"),
     ("--model.width 3", "--model.width belongs to --model.name mlp or dit, but name is 'unet'"),
+    ("--sample.churn 3 --sample.solver euler", "--sample.churn belongs to --sample.solver heun"),
+    ("--sample.rho 3 --sample.grid uniform", "--sample.rho belongs to --sample.grid karras"),
+    ("--optim.final 0.1", "--optim.final belongs to --optim.decay cosine or linear"),
+    ("--optim.name muon --optim.beta1 0.5", "--optim.beta1 belongs to --optim.name adam"),
+    ("--train.ema 0.9 --train.ema-std 0.1", "--train.ema belongs to --train.ema-std none"),
+    ("--sample.sigma-max 200", "noise levels go from 0.002 to 80"),
     ("--preset mnits", "unknown preset 'mnits'; did you mean mnist?"),
     ("--preset zzz", "there are digits, demo, mnist"),
     ("--preset", "--preset needs a value"),

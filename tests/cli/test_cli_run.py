@@ -376,8 +376,8 @@ def test_training_goes_on_when_its_reader_goes_away(tmp_path, capsys):
 def test_doctor_knows_what_pyproject_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     oldest = lambda text: re.split(r"[>=<,\[]+", text)[:2]
-    required = dict(oldest(entry) for entry in project["dependencies"])
-    assert {name: version for name, (version, _) in doctor.REQUIRED.items()} == required
+    required = {name + versions for name, (versions, _) in doctor.REQUIRED.items()}
+    assert required == set(project["dependencies"])
     for extra, packages in doctor.EXTRAS.items():
         assert packages == dict(oldest(e) for e in project["optional-dependencies"][extra])
     assert project["requires-python"] == ">=" + ".".join(map(str, doctor._PYTHON))
@@ -396,10 +396,16 @@ def test_doctor_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(
         doctor,
         "_version",
-        lambda name: {"optax": None, "chex": "0.0.1", "scipy": None}.get(name, version(name)),
+        lambda name: {
+            "optax": None,
+            "chex": "0.0.1",
+            "orbax-checkpoint": "0.13.0",
+            "scipy": None,
+        }.get(name, version(name)),
     )
     assert main(["doctor"]) == 2
     out = capsys.readouterr().out
     assert 'optax is missing: pip install "optax>=' in out
     assert "chex 0.0.1 is too old" in out
+    assert 'orbax-checkpoint 0.13.0 is too new: pip install "orbax-checkpoint>=' in out
     assert 'pip install "lowdim-diffusion[data]"' in out

@@ -125,6 +125,10 @@ def test_memorized_fraction():
     near = train[:10] + 0.05 * rng.standard_normal((10, 30))
     samples = np.concatenate([near, train[:5], rng.standard_normal((25, 30))])
     assert float(generalization.memorized_fraction(samples, train)) == pytest.approx(15 / 40)
+    near = generalization.nearest(samples, train, k=3)
+    assert int(generalization.is_memorized(near).sum()) == 15
+    with pytest.raises(ValueError, match="call nearest with k=2"):
+        generalization.is_memorized(generalization.nearest(samples, train))
     twins = np.concatenate([train, train])
     assert float(generalization.memorized_fraction(train[:5], twins)) == 1  # equal, though d2 = 0
 

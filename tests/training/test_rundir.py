@@ -174,6 +174,7 @@ def test_small_files_are_old_or_new(tmp_path, monkeypatch):
             patch.setattr(os, "replace", fail)
             with pytest.raises(OSError, match="power cut"):
                 run.write_config("a = 2\n")
+        assert not list(tmp_path.glob("*.tmp"))
         assert run.config_path.read_bytes() == "a = 'ä'\n".encode()
         run.write_config("a = 2\n")
     assert run.config_path.read_text() == "a = 2\n"

@@ -189,7 +189,7 @@ def test_learning_rates():
     assert float(h(50)) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIONS)
 def test_every_optimizer_descends(name):
     optimizer = optimizers.make(name, 0.02, clip=1.0)
     target = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
@@ -213,6 +213,8 @@ def test_optimizer_errors(unchecked):
         optimizers.make("rmsprop", 0.1)
     with pytest.raises(ValueError, match="use 'adamw'"):
         optimizers.make("adam", 0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"option of 'muon': expected one of .*, got b1, eps"):
+        optimizers.make("muon", 0.1, eps=0.1, b1=0.5)
     with pytest.raises(
         ValueError, match="warmup out of range: expected 0 to num_steps = 10, got 11"
     ):

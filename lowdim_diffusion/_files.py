@@ -28,15 +28,20 @@ def sync_tree(path: pathlib.Path) -> None:
         sync_directory(pathlib.Path(folder))
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Replace a text file by one rename: a reader, or a crash, sees the old text or the new one."""
+def write_atomic(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
+    """Replace a file by one rename: a reader, or a crash, sees the old content or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
+    return path
 
 
 def remove(path: pathlib.Path) -> None:
