@@ -65,7 +65,7 @@ def make(
     lr: Any,
     *,
     clip: Scalar | None = None,
-    **options: Scalar,
+    **options: Any,
 ) -> optax.GradientTransformation:
     """Return an optax optimizer, after clipping the gradient's global norm if asked.
 
