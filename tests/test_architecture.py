@@ -10,9 +10,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "lowdim_diffusion"
 
 FLOORS = [
-    {"_types", "_checks"},
+    {"_types", "_checks", "_files"},
     {"linalg", "schedules", "sharding"},
-    {"corruption", "distributions", "networks"},
+    {"corruption", "distributions", "networks", "neighbors"},
     {"data", "denoisers", "losses", "solvers"},
     {"guidance", "sampling", "likelihood"},
     {"subspaces"},
@@ -38,6 +38,7 @@ HEAVY = {
     "cattrs": {"cli"},
     "rich": {"cli", "training/progress.py"},
     "scipy": {"data", "subspaces"},
+    "sklearn": {"subspaces"},
     "tensorboardX": {"cli", "training"},
 }
 

@@ -1,6 +1,5 @@
 """Generalization against memorization: nearest training examples and the scores built on them."""
 
-from lowdim_diffusion.generalization.neighbors import Nearest, nearest
 from lowdim_diffusion.generalization.scores import (
     generalization_score,
     is_memorized,
@@ -8,6 +7,7 @@ from lowdim_diffusion.generalization.scores import (
     pixel_embedding,
     reproducibility_score,
 )
+from lowdim_diffusion.neighbors import Nearest, nearest
 
 __all__ = [
     "Nearest",

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from lowdim_diffusion._checks import check_range, fail
 from lowdim_diffusion._types import Array, ArrayLike, Bool, Float, Scalar
-from lowdim_diffusion.generalization.neighbors import Nearest, _flat, nearest
 from lowdim_diffusion.linalg import safe_sqrt
+from lowdim_diffusion.neighbors import Nearest, _flat, nearest
 
 
 def _unit(e: Array) -> Array:
