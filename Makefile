@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	$(RUN) pytest -n auto
 
 test-slow: $(VENV)/.dev
-	$(RUN) pytest -m slow
+	$(RUN) pytest -n auto -m slow
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

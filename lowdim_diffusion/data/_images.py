@@ -128,7 +128,8 @@ def _decode_all(
             out = np.empty((len(members), *shape), np.uint8)
         elif picture.shape != out.shape[1:]:
             sizes = _shape(out.shape[1:]), _shape(picture.shape)
-            hint = "pass size=" if picture.shape[:2] != out.shape[1:3] else "pass channels=1 or 3"
+            resize, convert = "resize with size= (--data.size)", "convert with channels=1 or 3"
+            hint = resize if picture.shape[:2] != out.shape[1:3] else convert
             got = f"{first} is {sizes[0]}, {member.name} is {sizes[1]}"
             raise data_error(source.path, "pictures differ", "one shape", got, hint)
         out[place[id(member)]] = picture

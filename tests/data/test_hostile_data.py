@@ -504,11 +504,11 @@ def test_programs_in_disguise_are_not_started(tmp_path):
 def test_pictures_that_differ(tmp_path):
     (tmp_path / "a.png").write_bytes(png(4, 4))
     (tmp_path / "b.png").write_bytes(png(5, 4))
-    line = refused(tmp_path, "pictures differ: expected one shape, .*; pass size=")
+    line = refused(tmp_path, "pictures differ: expected one shape, .*; resize with size=")
     assert "a.png is 4x4 grey (rows x columns), b.png is 4x5 grey" in line
     assert data.load(tmp_path, size=4).num_examples == 2
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-    refused(tmp_path, "a.png is 4x4 grey .*, b.png is 4x4 colour .*; pass channels=1 or 3")
+    refused(tmp_path, "a.png is 4x4 grey .*, b.png is 4x4 colour .*; convert with channels=1 or 3")
     assert data.load(tmp_path, channels=3).data_shape == (4, 4, 3)
 
 
