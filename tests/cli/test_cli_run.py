@@ -319,7 +319,7 @@ def test_demo_goes_from_nothing_to_a_report(tmp_path, capsys):
     assert main(["demo", "--steps", "3", "--out", str(out), "--devices", "1"]) == 0
     said = capsys.readouterr().out
     assert (out / "report.html").as_uri() in said and "What to try next" in said
-    assert (out / "samples" / "heun-18-seed0.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "samples" / "step3-heun-18-seed0.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ---- processes ----------------------------------------------------------------------------------
