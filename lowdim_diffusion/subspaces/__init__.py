@@ -1,13 +1,34 @@
 """Subspaces: angles and distances between them, components matched, Jacobian spectra and ranks."""
 
+from lowdim_diffusion.subspaces import dimension
 from lowdim_diffusion.subspaces.angles import (
-    Matching,
     affinity,
     chordal_distance,
     geodesic_distance,
-    match_components,
     principal_angles,
     projector_distance,
+    spectral_distance,
+)
+from lowdim_diffusion.subspaces.clustering import KSubspaces, assign_points, k_subspaces, starts
+from lowdim_diffusion.subspaces.recovery import (
+    Matching,
+    match_components,
+    off_span_energy,
+    off_union_energy,
+)
+from lowdim_diffusion.subspaces.scores import (
+    adjusted_rand_index,
+    clustering_accuracy,
+    normalized_mutual_info,
+)
+from lowdim_diffusion.subspaces.sparse import (
+    ElasticNetInfo,
+    coefficient_affinity,
+    ensc,
+    lsr,
+    sparse_subspace_clustering,
+    spectral_clustering,
+    ssc_omp,
 )
 from lowdim_diffusion.subspaces.spectra import (
     JacobianInfo,
@@ -19,17 +40,35 @@ from lowdim_diffusion.subspaces.spectra import (
 )
 
 __all__ = [
+    "ElasticNetInfo",
     "JacobianInfo",
+    "KSubspaces",
     "Matching",
+    "adjusted_rand_index",
     "affinity",
+    "assign_points",
     "chordal_distance",
+    "clustering_accuracy",
+    "coefficient_affinity",
+    "dimension",
+    "ensc",
     "geodesic_distance",
     "jacobian_spectrum",
     "jacobian_svd",
+    "k_subspaces",
+    "lsr",
     "match_components",
+    "normalized_mutual_info",
     "numerical_rank",
+    "off_span_energy",
+    "off_union_energy",
     "pca",
     "principal_angles",
     "projector_distance",
+    "sparse_subspace_clustering",
+    "spectral_clustering",
+    "spectral_distance",
+    "ssc_omp",
+    "starts",
     "trajectory_spectra",
 ]

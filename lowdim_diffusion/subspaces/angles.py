@@ -1,4 +1,4 @@
-r"""Principal angles between subspaces, and the distances and the matching built on them.
+r"""Principal angles between subspaces and the distances built on them.
 
 For frames U ``[n, p]`` and V ``[n, q]`` with m = min(p, q), the principal angles are
 ``0 <= t_1 <= ... <= t_m <= pi/2`` with ``cos t = svd(U^T V)`` and, seen from the smaller frame,
@@ -9,6 +9,7 @@ sine those near ``pi/2``, so each angle is read off whichever is accurate there.
 distance                formula                                         range
 ======================  ==============================================  =====================
 ``projector_distance``  ``||P_U - P_V||_F = sqrt(|p-q| + 2 sum sin^2)``  [0, sqrt(2m + |p-q|)]
+``spectral_distance``   ``||P_U - P_V||_2 = sin t_m``, 1 if p != q       [0, 1]
 ``chordal_distance``    ``||sin t||_2``                                  [0, sqrt(m)]
 ``geodesic_distance``   ``||t||_2``                                      [0, sqrt(m) pi/2]
 ``affinity``            ``sqrt(mean cos^2 t)``                           [0, 1]
@@ -22,17 +23,22 @@ References:
     doi:10.1137/S1064827500377332; Ye & Lim 2016, arXiv 1407.0900 (unequal dimensions).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from lowdim_diffusion._checks import fail, is_concrete
-from lowdim_diffusion._types import Array, Bool, Float, Int
+from lowdim_diffusion._types import Array, Bool, Float
 from lowdim_diffusion.linalg import safe_sqrt
-from lowdim_diffusion.subspaces._assignment import assign
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _same_space(where: str, u: Array, v: Array) -> tuple[Array, Array]:
+    """Both in one floating dtype; refuses frames of different ambient dimension."""
+    if u.shape[-2] != v.shape[-2]:
+        raise fail(where, "ambient dimensions differ", f"{u.shape[-2]} rows in v", v.shape[-2])
+    dtype = jnp.promote_types(jnp.result_type(u, v), jnp.float32)
+    return u.astype(dtype), v.astype(dtype)
 
 
 def _full_rank(r: Array) -> Bool[Array, "*k"]:
@@ -42,8 +48,11 @@ def _full_rank(r: Array) -> Bool[Array, "*k"]:
     return s[..., -1] > tol * jnp.maximum(s[..., 0], 1)
 
 
-def _orthonormal(where: str, name: str, a: Array) -> Array:
-    """Orthonormal frame of the span of ``a``; refuses or marks with NaN a rank-deficient one."""
+def _orthonormal(where: str, name: str, a: Array, present: Array | None = None) -> Array:
+    """Orthonormal frame of the span of ``a``; refuses or marks with NaN a rank-deficient one.
+
+    Columns that are not ``present`` are zero, come last and stay zero.
+    """
     dim, rank = a.shape[-2:]
     if rank > dim or rank == 0:
         raise fail(where, f"wrong number of columns in {name}", f"1 to {dim} (its rows)", rank)
@@ -51,7 +60,11 @@ def _orthonormal(where: str, name: str, a: Array) -> Array:
     a = a / jnp.where(largest > 0, largest, 1)  # two steps, so that no square over- or underflows
     q, r = jnp.linalg.qr(a)
     norms = jnp.linalg.norm(jax.lax.stop_gradient(r), axis=-2, keepdims=True)
-    ok = _full_rank(r / jnp.where(norms > 0, norms, 1))
+    r = r / jnp.where(norms > 0, norms, 1)
+    if present is not None:
+        q = jnp.where(present[..., None, :], q, 0)
+        r = jnp.where(present[..., None, :], r, jnp.eye(rank, dtype=r.dtype))
+    ok = _full_rank(r)
     if is_concrete(ok) and not bool(jnp.all(ok)):
         raise fail(
             where,
@@ -92,10 +105,8 @@ def principal_angles(
         9.99999...e-07
     """
     where = "principal_angles"
-    if u.shape[-2] != v.shape[-2]:
-        raise fail(where, "ambient dimensions differ", f"{u.shape[-2]} rows in v", v.shape[-2])
-    dtype = jnp.promote_types(jnp.result_type(u, v), jnp.float32)
-    u, v = _orthonormal(where, "u", u.astype(dtype)), _orthonormal(where, "v", v.astype(dtype))
+    u, v = _same_space(where, u, v)
+    u, v = _orthonormal(where, "u", u), _orthonormal(where, "v", v)
     if u.shape[-1] > v.shape[-1]:
         u, v = v, u
     lead = jnp.broadcast_shapes(u.shape[:-2], v.shape[:-2])
@@ -112,13 +123,25 @@ def principal_angles(
     return jnp.sort(jnp.where(wide, by_cos, by_sin), axis=-1)
 
 
+def _frame(where: str, name: str, a: Array) -> tuple[Array, Array]:
+    """Orthonormal frame of the span, its last columns zero for absent ones, and its dimension."""
+    present = jnp.any(a != 0, axis=-2)
+    order = jnp.argsort(~present, axis=-1, stable=True)  # or QR would make directions of the zeros
+    a = jnp.take_along_axis(a, order[..., None, :], axis=-1)
+    present = jnp.take_along_axis(present, order, axis=-1)
+    return _orthonormal(where, name, a, present), jnp.sum(present, axis=-1)
+
+
 def projector_distance(
     u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]
 ) -> Float[Array, "*k3"]:
     r"""Return ``||P_U - P_V||_F``, which is 0 for equal spans and sqrt(p + q) for orthogonal ones.
 
     This is the recovery error of the subspace-learning experiments. With p = q = d its largest
-    value is ``sqrt(2 d)`` (where n >= 2d). Arguments and errors as in :func:`principal_angles`.
+    value is ``sqrt(2 d)`` (where n >= 2d). It is computed from ``(I - VV^T) U``, so that it is
+    accurate for tiny distances and differentiable away from 0. Columns that are zero count as
+    absent: p and q are the numbers of the others, as in a mixture of unequal ranks. Otherwise
+    arguments and errors are those of :func:`principal_angles`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -126,8 +149,36 @@ def projector_distance(
         >>> float(projector_distance(eye[:, :2], eye[:, :3]))
         1.0
     """
-    extra = abs(u.shape[-1] - v.shape[-1])
-    return safe_sqrt(extra + 2 * jnp.sum(jnp.sin(principal_angles(u, v)) ** 2, axis=-1))
+    where = "projector_distance"
+    u, v = _same_space(where, u, v)
+    (u, p), (v, q) = _frame(where, "u", u), _frame(where, "v", v)
+
+    def outside(x: Array, y: Array) -> Array:
+        """Squared sines of the angles from the span of ``x`` to that of ``y``."""
+        yt = jnp.swapaxes(y, -1, -2)
+        x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2]) + x.shape[-2:])
+        for _ in range(2):
+            x = x - jnp.matmul(y, jnp.matmul(yt, x, precision=_HIGHEST), precision=_HIGHEST)
+        return jnp.sum(x**2, axis=(-2, -1))
+
+    sines = jnp.where(p <= q, outside(u, v), outside(v, u))
+    return safe_sqrt(jnp.abs(p - q) + 2 * sines)
+
+
+def spectral_distance(
+    u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]
+) -> Float[Array, "*k3"]:
+    """Return ``||P_U - P_V||_2``, the sine of the largest angle, or 1 if ``p != q`` (the "gap").
+
+    Arguments and errors as in :func:`principal_angles`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(spectral_distance(jnp.eye(3)[:, :1], jnp.array([[3.0], [4.0], [0.0]])))
+        0.8...
+    """
+    largest = jnp.sin(principal_angles(u, v)[..., -1])
+    return largest if u.shape[-1] == v.shape[-1] else jnp.where(jnp.isnan(largest), largest, 1)
 
 
 def chordal_distance(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Array, "*k3"]:
@@ -159,49 +210,3 @@ def affinity(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Ar
         Soltanolkotabi & Candes 2012, arXiv 1112.4258, definition 1.2.
     """
     return safe_sqrt(jnp.mean(jnp.cos(principal_angles(u, v)) ** 2, axis=-1))
-
-
-class Matching(NamedTuple):
-    """Which learned component stands for which true one."""
-
-    perm: Int[Array, " num_true"]
-    """``perm[i]`` is the index of the learned component matched to the true component i."""
-    distance: Float[Array, " num_true"]
-    """Projector distance of each matched pair."""
-
-
-def match_components(
-    true_bases: Float[Array, "num_true n d"], bases: Float[Array, "num_learned n2 r"]
-) -> Matching:
-    """Return the one-to-one matching of components with the smallest sum of projector distances.
-
-    Exact (the Hungarian method), and runs inside ``jit`` and ``vmap``.
-
-    Args:
-        true_bases: ``[num_true, n, d]``, full-rank frames.
-        bases: ``[num_learned, n, r]``, ``num_learned >= num_true``; surplus ones stay unmatched.
-
-    Returns:
-        ``(perm, distance)``, both ``[num_true]``. ``distance / sqrt(2 d)`` lies in [0, 1].
-
-    Raises:
-        ValueError: if there are fewer learned components than true ones, or as
-            :func:`principal_angles`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> bases = jnp.eye(6).reshape(3, 2, 6).swapaxes(1, 2)
-        >>> jax.jit(match_components)(bases, bases[jnp.array([2, 0, 1])]).perm.tolist()
-        [1, 2, 0]
-    """
-    if bases.shape[0] < true_bases.shape[0]:
-        raise fail(
-            "match_components",
-            "too few components",
-            f"at least {true_bases.shape[0]}",
-            bases.shape[0],
-            "swap the arguments to match the learned ones to a part of the true ones",
-        )
-    distances = projector_distance(true_bases[:, None], bases[None, :])
-    perm = assign(distances)
-    return Matching(perm, jnp.take_along_axis(distances, perm[:, None], axis=1)[:, 0])

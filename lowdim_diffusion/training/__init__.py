@@ -6,6 +6,8 @@ from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
 from lowdim_diffusion.training.progress import ConsoleMonitor, Monitor, Report
 from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, make_train_step
+from lowdim_diffusion.training.subspace import SubspaceFit, denoising_loss, fit_subspaces
+from lowdim_diffusion.training.sweep import Sweep, sweep, table
 from lowdim_diffusion.training.trainer import NonFiniteLossError, Outcome, train
 
 __all__ = [
@@ -16,15 +18,21 @@ __all__ = [
     "Report",
     "StopSignal",
     "Stretch",
+    "SubspaceFit",
+    "Sweep",
     "TrainState",
     "TrainStep",
     "checkpoint",
     "compile_loop",
+    "denoising_loss",
     "ema",
     "fit",
+    "fit_subspaces",
     "init_state",
     "make_train_step",
     "optimizers",
     "rundir",
+    "sweep",
+    "table",
     "train",
 ]

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from lowdim_diffusion._checks import check_choice, check_range, fail
-from lowdim_diffusion._types import Scalar
+from lowdim_diffusion._types import Array, Scalar
 
-__all__ = ["learning_rate", "make"]
+__all__ = ["learning_rate", "make", "on_frames"]
 
 OPTIONS = {
     "adam": ("b1", "b2", "eps"),
@@ -100,3 +101,60 @@ def make(
         return core
     check_range("optimizers.make", "clip", clip, 0, low_open=True)
     return optax.chain(optax.clip_by_global_norm(clip), core)
+
+
+def on_frames(
+    inner: optax.GradientTransformation, *, joint: bool = False
+) -> optax.GradientTransformation:
+    r"""Return ``inner`` for parameters that are orthonormal frames ``[..., n, d]`` and stay so.
+
+    The gradient G at U is projected to the tangent space, ``G - U sym(U^T G)``; after the inner
+    optimizer's step the frame is made orthonormal again by the Cholesky factor of its Gram matrix.
+    Columns of zeros stay zero. Moments of the inner optimizer are not transported, which small
+    steps do not need.
+
+    Args:
+        inner: any optax optimizer.
+        joint: the parameters are ``[K, n, d]`` and ``[U_1 .. U_K]`` is one frame.
+
+    References:
+        Absil, Mahony & Sepulchre 2008, "Optimization Algorithms on Matrix Manifolds", sections
+        3.6.1 and 4.1.1.
+    """
+    mm = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    t = lambda x: jnp.swapaxes(x, -1, -2)
+
+    def wide(u: Array) -> Array:
+        if not joint:
+            return u
+        return jnp.moveaxis(u, 0, 1).reshape(u.shape[1], u.shape[0] * u.shape[2])
+
+    def narrow(a: Array, like: Array) -> Array:
+        if not joint:
+            return a
+        k, n, d = like.shape
+        return jnp.moveaxis(a.reshape(n, k, d), 1, 0)
+
+    def project(g: Array, u: Array) -> Array:
+        frame, slope = wide(u), wide(g)
+        inside = mm(t(frame), slope)
+        tangent = slope - mm(frame, 0.5 * (inside + t(inside)))
+        return narrow(jnp.where(jnp.any(frame != 0, axis=-2, keepdims=True), tangent, 0), u)
+
+    def retract(update: Array, u: Array) -> Array:
+        moved = wide(u + update)
+        absent = jnp.all(moved == 0, axis=-2)
+        gram = mm(t(moved), moved)
+        eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=u.dtype), gram.shape)
+        factor = jnp.linalg.cholesky(gram + jnp.where(absent[..., None], eye, 0))
+        frame = jax.lax.linalg.triangular_solve(
+            factor, moved, left_side=False, lower=True, transpose_a=True
+        )
+        return narrow(frame, u) - u
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        grads = jax.tree.map(project, grads, params)
+        updates, state = inner.update(grads, state, params)
+        return jax.tree.map(retract, updates, params), state
+
+    return optax.GradientTransformation(inner.init, update)  # pyright: ignore[reportArgumentType]

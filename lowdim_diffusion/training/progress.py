@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TextIO, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-__all__ = ["ConsoleMonitor", "Monitor", "Report"]
+__all__ = ["ConsoleMonitor", "CountBar", "Monitor", "Report"]
 
 
 class Report(NamedTuple):
@@ -107,3 +107,60 @@ class ConsoleMonitor:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class CountBar:
+    """How many of so many are done, and the time left: a bar on a terminal, lines elsewhere.
+
+    Args:
+        what: shown in front; None shows nothing at all.
+        total: how many there are.
+        stream: where to write; standard error by default, so that results can be piped.
+        interval_s: pause between lines where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        what: str | None,
+        total: int,
+        stream: TextIO | None = None,
+        *,
+        interval_s: float = 10.0,
+    ):
+        self._what, self._total, self._interval_s = what, total, interval_s
+        stream = sys.stderr if stream is None else stream
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "CountBar":
+        """Open the bar."""
+        self._start = self._last = time.monotonic()
+        if self._what is not None and self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description} {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(self._what, total=self._total, text="")
+            self._bar.start()
+        return self
+
+    def update(self, done: int) -> None:
+        """Say that so many are done."""
+        now = time.monotonic()
+        text = f"{duration((now - self._start) / max(done, 1) * (self._total - done))} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif self._what is not None and (
+            now - self._last >= self._interval_s or done == self._total
+        ):
+            self._last = now
+            spent = duration(now - self._start)
+            text = f"in {spent}" if done == self._total else text
+            self._console.print(f"{self._what} {done}/{self._total}  {text}", markup=False)
+
+    def __exit__(self, *error: object) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -143,7 +143,11 @@ def test_dependent_columns_are_refused():
     with pytest.raises(ValueError, match="columns of v are not linearly independent"):
         subspaces.principal_angles(u, bad)
     with pytest.raises(ValueError, match="columns of u are not linearly independent"):
-        subspaces.projector_distance(u.at[:, 1].set(0), u)
+        subspaces.principal_angles(u.at[:, 1].set(0), u)
+    with pytest.raises(ValueError, match="columns of u are not linearly independent"):
+        subspaces.projector_distance(bad, u)
+    with pytest.raises(ValueError, match="columns of u are not linearly independent"):
+        subspaces.projector_distance(bad.at[:, 0].set(0).at[:, 2].set(2 * bad[:, 1]), u)
     with pytest.raises(ValueError, match="not linearly independent"):
         subspaces.affinity(u.at[2, 1].set(jnp.nan), u)
     assert np.isnan(measure(u, bad)["angles"]).all()  # no raise inside jit
@@ -217,3 +221,39 @@ def test_matching_minimises_over_all_permutations(key):
         subspaces.match_components(learned, true)
     batched = jax.jit(jax.vmap(subspaces.match_components, (None, 0)))(true, learned[None])
     assert batched.perm.shape == (1, 4)
+
+
+def test_zero_columns_count_as_absent(x64):
+    g = np.random.default_rng(3)
+    u, v = g.standard_normal((12, 3)), g.standard_normal((12, 5))
+    wanted = np.linalg.norm(projector(u) - projector(v[:, [0, 2, 4]]))
+    gaps = v.copy()
+    gaps[:, [1, 3]] = 0
+    padded = np.concatenate([np.zeros((12, 2)), u], axis=1)
+    for a, b in ((u, gaps), (gaps, u), (padded, gaps), (gaps, padded)):
+        found = jax.jit(subspaces.projector_distance)(jnp.asarray(a), jnp.asarray(b))
+        assert float(found) == pytest.approx(wanted, abs=1e-12)
+    none = jnp.zeros((12, 2))
+    assert float(subspaces.projector_distance(none, jnp.asarray(u))) == pytest.approx(3**0.5)
+    assert float(subspaces.projector_distance(none, none)) == 0
+
+
+@pytest.mark.parametrize("columns", [(2, 2), (3, 3), (2, 4), (4, 1)])
+def test_spectral_distance_is_the_norm_of_the_difference(columns, x64):
+    g = np.random.default_rng(5)
+    u, v = (g.standard_normal((9, k)) for k in columns)
+    wanted = np.linalg.norm(projector(u) - projector(v), 2)
+    found = subspaces.spectral_distance(jnp.asarray(u), jnp.asarray(v))
+    assert float(found) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_projector_distance_resolves_tiny_angles(x64):
+    for angle in (1e-12, 1e-9, 1e-5, 1.0):
+        u, v = (jnp.asarray(a) for a in frames_at(np.array([angle, 0.0]), 8))
+        found = float(subspaces.projector_distance(u, v))
+        assert found == pytest.approx(2**0.5 * np.sin(angle), rel=1e-6, abs=1e-15)
+
+
+def projector(a):
+    q = np.linalg.svd(a, full_matrices=False)[0]
+    return q @ q.T

@@ -1,0 +1,185 @@
+"""Sweeps: equal to loops, compiled once, bounded by the chunk, resumable."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowdim_diffusion import sharding, training
+from lowdim_diffusion.training.progress import CountBar
+
+GRID = {"a": [1, 2, 3], "b": [0.5, 1.5], "seed": range(4)}
+
+
+def noisy(point):
+    key = jax.random.key(point["seed"])
+    return {
+        "value": point["a"] * point["b"] + jax.random.normal(key),
+        "vector": jnp.arange(3) * point["a"],
+    }
+
+
+def expected():
+    out = np.zeros((3, 2, 4))
+    for i, a in enumerate(GRID["a"]):
+        for j, b in enumerate(GRID["b"]):
+            for s in GRID["seed"]:
+                out[i, j, s] = a * b + float(jax.random.normal(jax.random.key(s)))
+    return out
+
+
+@pytest.mark.parametrize("chunk, batch_size", [(1, 1), (5, 2), (24, 24), (1000, 7)])
+def test_equals_a_loop(chunk, batch_size):
+    found = training.sweep(noisy, GRID, chunk=chunk, batch_size=batch_size)
+    np.testing.assert_allclose(found.values["value"], expected(), rtol=1e-6)
+    assert found.values["vector"].shape == (3, 2, 4, 3)
+    assert found.values["vector"].dtype == np.int32
+    assert found.values["vector"][2, 1, 3].tolist() == [0, 3, 6]
+
+
+def test_devices_change_nothing():
+    one = training.sweep(noisy, GRID, chunk=10).values
+    many = training.sweep(noisy, GRID, chunk=10, mesh=sharding.data_mesh(8)).values
+    for name in one:
+        np.testing.assert_array_equal(one[name], many[name])
+
+
+def test_table_is_tidy():
+    columns = training.table(training.sweep(noisy, GRID))
+    assert list(columns) == ["a", "b", "seed", "value"]
+    assert columns["a"].tolist() == [1] * 8 + [2] * 8 + [3] * 8
+    assert columns["seed"].tolist() == [0, 1, 2, 3] * 6
+    np.testing.assert_allclose(columns["value"], expected().reshape(-1), rtol=1e-6)
+    assert list(training.table(training.sweep(lambda p: p["x"], {"x": [1.0]}))) == ["x", "value"]
+
+
+def test_traced_once_whatever_the_grid():
+    traces = []
+
+    def fn(point):
+        traces.append(1)
+        return point["a"]
+
+    training.sweep(fn, {"a": range(100)}, chunk=7)
+    assert len(traces) == 1
+
+
+def test_resumes_without_computing_again(tmp_path):
+    ran = []
+
+    def fn(point):
+        jax.debug.callback(lambda a: ran.append(int(a)), point["a"])
+        return 2 * point["a"]
+
+    run = lambda: training.sweep(fn, {"a": range(10)}, chunk=4, batch_size=1, path=tmp_path / "s")
+    first = run().values
+    assert sorted(set(ran)) == list(range(10))
+    ran.clear()
+    np.testing.assert_array_equal(run().values, first)
+    assert not ran
+    (tmp_path / "s" / "chunk-00000004.npz").write_bytes(b"half a file")
+    np.testing.assert_array_equal(run().values, first)
+    assert sorted(set(ran)) == [4, 5, 6, 7]
+
+
+def test_another_sweep_is_refused(tmp_path):
+    data = np.arange(3.0)
+    run = lambda fn, grid=range(4), **more: training.sweep(fn, {"a": grid}, path=tmp_path, **more)
+    run(lambda p: p["a"] + data[1])
+    run(lambda q: q["a"] + data[1])  # the same computation under another name
+    with pytest.raises(ValueError, match=r"another sweep \(program differ"):
+        run(lambda p: p["a"] + 2 * data[1])
+    with pytest.raises(ValueError, match=r"another sweep \(grid"):
+        run(lambda p: p["a"] + data[1], range(1, 5))
+    with pytest.raises(ValueError, match="choose another path, or delete it"):
+        run(lambda p: p["a"] + data[1], chunk=3)
+
+
+def test_data_inside_the_function_count(tmp_path):
+    def fn(data):
+        return lambda p: jnp.sum(data) * p["a"]
+
+    data = jax.random.normal(jax.random.key(0), (200, 200))
+    training.sweep(fn(data), {"a": [1, 2]}, path=tmp_path)
+    with pytest.raises(ValueError, match=r"another sweep \(program"):
+        training.sweep(fn(data + 1), {"a": [1, 2]}, path=tmp_path)
+
+
+SLOW = """
+import os, sys, time
+import jax
+from lowdim_diffusion import training
+
+def wait(a):
+    time.sleep(0.2)
+    print("at", int(a), flush=True)
+
+def fn(point):
+    jax.debug.callback(wait, point["a"])
+    return point["a"] ** 2
+
+found = training.sweep(fn, {"a": range(12)}, chunk=3, batch_size=1, path=sys.argv[1])
+print("sum", int(found.values.sum()))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interruption_loses_at_most_one_chunk(tmp_path, how):
+    command = [sys.executable, "-c", textwrap.dedent(SLOW), str(tmp_path / "s")]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    for line in process.stdout:
+        if line.startswith("at 7"):
+            process.send_signal(how)
+            break
+    process.wait(30)
+    kept = {p.name for p in (tmp_path / "s").glob("chunk-*.npz")}
+    assert {"chunk-00000000.npz", "chunk-00000003.npz"} <= kept
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert f"sum {sum(a * a for a in range(12))}" in again.stdout
+    done = {int(line.split()[1]) for line in again.stdout.splitlines() if line.startswith("at")}
+    assert done <= set(range(6, 12))
+
+
+def test_memory_is_bounded_by_the_chunk():
+    """A grid of 4,096 points with 1 MB of temporaries each: 4 GB at once, far less in chunks."""
+
+    def fn(point):
+        big = jnp.sin(point["a"] + jnp.arange(2.0**18))
+        return jnp.sum(jnp.sort(big))
+
+    points = {"a": np.arange(32.0, dtype=np.float32)}
+    run = jax.jit(lambda p: jax.lax.map(fn, p, batch_size=4))
+    need = run.lower(points).compile().memory_analysis().temp_size_in_bytes
+    assert need < 16 * 4 * 2**20
+    assert training.sweep(fn, points, chunk=8, batch_size=4).values.shape == (32,)
+
+
+def test_errors(unchecked):
+    with pytest.raises(ValueError, match="empty grid"):
+        training.sweep(lambda p: p["a"], {"a": []})
+    with pytest.raises(ValueError, match="empty grid"):
+        training.sweep(lambda p: 1, {})
+    with pytest.raises(ValueError, match="bad axis: expected a sequence of numbers, got a = 3"):
+        training.sweep(lambda p: p["a"], {"a": 3})
+    with pytest.raises(ValueError, match="bad axis"):
+        training.sweep(lambda p: p["a"], {"a": ["x"]})
+
+
+def test_count_bar_says_how_far_it_is(tmp_path):
+    path = tmp_path / "log"
+    with open(path, "w") as out, CountBar("trainings", 10, out, interval_s=0.0) as bar:
+        bar.update(5)
+        bar.update(10)
+    first, last = path.read_text().splitlines()
+    assert first.startswith("trainings 5/10  ") and first.endswith(" left")
+    assert last.startswith("trainings 10/10  in ")
+    with open(path, "w") as out, CountBar(None, 10, out) as bar:
+        bar.update(10)
+    assert path.read_text() == ""
