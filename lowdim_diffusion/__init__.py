@@ -13,6 +13,9 @@ Submodules load on first use, so that ``import lowdim_diffusion`` is instant and
 """
 
 import importlib
+import importlib.metadata
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -53,6 +56,29 @@ __all__ = [
     "subspaces",
     "training",
 ]
+
+
+def _spare_threads() -> None:
+    """Keep jaxlib before 0.11 from hanging on CPUs with few cores.
+
+    There, a batched QR, SVD or Cholesky holds a thread of XLA's CPU pool while its parts wait for
+    threads of the same pool: as many such calls at once as there are cores, from one program or
+    from several emulated devices, wait for ever. XLA takes the size of the pool from NPROC.
+    """
+    if "NPROC" in os.environ:
+        return
+    try:
+        version = importlib.metadata.version("jaxlib")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if [int(n) for n in re.findall(r"\d+", version)[:2]] < [0, 11]:
+        flags = os.environ.get("XLA_FLAGS", "")
+        emulated = re.search(r"host_platform_device_count=(\d+)", flags)
+        devices = int(emulated.group(1)) if emulated else 1
+        os.environ["NPROC"] = str((os.cpu_count() or 1) + 4 * devices)
+
+
+_spare_threads()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,9 @@
 """Meshes, placement and keys."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,3 +55,29 @@ def test_keys_depend_on_the_index_alone(key):
 def test_local_index_under_a_map():
     out = jax.pmap(lambda _: sharding.local_index(3, "data"), axis_name="data")(jnp.zeros(4))
     np.testing.assert_array_equal(out, np.arange(12).reshape(4, 3))
+
+
+LAPACK_ON_DEVICES = """
+import functools, jax
+from jax.sharding import PartitionSpec as P
+from lowdim_diffusion import linalg, sharding, subspaces
+
+def one(key):
+    a, b = (linalg.random_frames(k, 2, 48, 8) for k in jax.random.split(key))
+    return subspaces.projector_distance(a, b).sum()
+
+run = functools.partial(jax.lax.map, one, batch_size=64)
+mesh = sharding.data_mesh()
+run = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+print(float(jax.jit(run)(jax.random.split(jax.random.key(0), 1024)).mean()))
+"""
+
+
+def test_batched_lapack_on_many_devices_does_not_hang():
+    """With jaxlib 0.10.2 and a pool of two threads (NPROC=2) this never ends."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-c", LAPACK_ON_DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    # E ||P - Q||^2 = 2 d (1 - d/n) for each of two pairs.
+    assert float(done.stdout) == pytest.approx(2 * (16 * (1 - 8 / 48)) ** 0.5, rel=0.01)

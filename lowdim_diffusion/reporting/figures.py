@@ -5,8 +5,9 @@ column of about 12 cm, legible on a phone and in a paper. ``fig.savefig("x.pdf")
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,10 +16,12 @@ from lowdim_diffusion._checks import fail
 from lowdim_diffusion.reporting.images import as_pictures
 
 __all__ = [
+    "curves",
     "loss_curve",
     "nearest_pairs",
     "rank_curve",
     "singular_values",
+    "success_maps",
     "trajectory_strip",
 ]
 
@@ -309,4 +312,90 @@ def trajectory_strip(states: Any, sigmas: Any, *, rows: int = 3, columns: int = 
                 _show(grid[i, j], pictures[i])
             prefix = "σ = " if j == 0 else ""
             grid[0, j].set_title(f"{prefix}{sigmas[t]:.2g}", fontsize=9)
+    return fig
+
+
+def success_maps(
+    panels: Mapping[str, Any], x: Any, y: Any, *, xlabel: str, ylabel: str, line: Any = None
+) -> Figure:
+    """Return maps of success rates over the same two axes, side by side, white 0 to blue 1.
+
+    Args:
+        panels: title to ``[len(y), len(x)]`` rates in [0, 1]; NaN is left blank.
+        x: values along the horizontal axis.
+        y: values along the vertical one.
+        xlabel: name of the horizontal axis.
+        ylabel: name of the vertical one.
+        line: ``[len(y)]`` values of x where theory puts the boundary; drawn as a staircase on the
+            near side of the first value that should succeed.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    with _canvas(0.9 + 2.75 * columns, 2.3 * rows + 0.5) as fig:
+        grid = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        image = None
+        for (title, rates), axes in zip(panels.items(), grid.flat, strict=False):
+            rates = np.asarray(rates, np.float64)
+            if rates.shape != (len(y), len(x)):
+                raise fail("success_maps", f"shape of {title!r}", (len(y), len(x)), rates.shape)
+            image = axes.imshow(rates, origin="lower", cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            axes.grid(False)
+            axes.set_title(title)
+            axes.set_xticks(_spread(len(x), 8), x[_spread(len(x), 8)])
+            axes.set_yticks(_spread(len(y), 8), y[_spread(len(y), 8)])
+            if line is not None:
+                at = np.searchsorted(x, np.asarray(line)) - 0.5
+                edges = np.repeat(np.arange(len(y) + 1) - 0.5, 2)[1:-1]
+                axes.plot(np.repeat(at, 2), edges, color=_ORANGE, linewidth=1.6)
+        for axes in grid[-1]:
+            axes.set_xlabel(xlabel)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(ylabel)
+        if image is not None:
+            fig.colorbar(image, ax=list(grid.flat), label="success rate", shrink=0.85)
+    return fig
+
+
+def curves(
+    lines: Mapping[str, Any],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "linear",
+    dashed: Mapping[str, Any] | None = None,
+    level: float | None = None,
+) -> Figure:
+    """Return named curves in one pair of axes.
+
+    Args:
+        lines: label to ``(x, y)`` or ``(x, y, spread)``; the band ``y -/+ spread`` is shaded.
+        xlabel: name of the horizontal axis.
+        ylabel: name of the vertical one.
+        xscale: ``"linear"`` or ``"log"``.
+        yscale: likewise.
+        dashed: curves to compare with, ``(x, y)``, in the colours of the lines of the same order.
+        level: height of a thin horizontal line.
+    """
+    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
+    with _canvas(5.2, 3.3) as fig:
+        axes = fig.subplots()
+        for color, (label, (x, y, *spread)) in zip(
+            itertools.cycle(palette), lines.items(), strict=False
+        ):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            axes.plot(x, y, "o-", color=color, markersize=3, label=label)
+            if spread:
+                axes.fill_between(x, y - spread[0], y + spread[0], color=color, alpha=0.15, lw=0)
+        for color, (label, (x, y)) in zip(
+            itertools.cycle(palette), (dashed or {}).items(), strict=False
+        ):
+            axes.plot(x, y, "--", color=color, linewidth=1.2, label=label)
+        if level is not None:
+            axes.axhline(level, color=LINE, linewidth=1)
+        axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        axes.legend()
     return fig
