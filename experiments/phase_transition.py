@@ -106,10 +106,12 @@ Learner = Callable[[Any, jax.Array, int, int, Any], tuple[jax.Array, jax.Array]]
 
 
 def pca(key: Any, x: jax.Array, num_components: int, rank: int, active: Any) -> Any:
-    """Principal components (one subspace)."""
+    """Principal components (one subspace), without those that no sample lies along."""
     del key, num_components
-    basis = subspaces.pca(x, rank) * (jnp.arange(rank) < active)[None, :]
-    return basis[None], jnp.zeros(1)
+    basis = subspaces.pca(x, rank)
+    held = jnp.linalg.norm(jnp.matmul(x, basis, precision="highest"), axis=0)
+    used = (jnp.arange(rank) < active) & (held > 1e-5 * held[0])
+    return (basis * used[None, :])[None], jnp.zeros(1)
 
 
 def k_subspaces(
@@ -160,7 +162,11 @@ def denoiser(
 def recovery_error(
     point: dict[str, Any], learn: Learner, num_components: int, max_rank: int, max_count: int
 ) -> dict[str, jax.Array]:
-    """Largest projector distance between a true subspace and its match, for one random problem."""
+    """Largest projector distance between a true subspace and its match, for one random problem.
+
+    It is taken as ``sqrt(2) ||(I - U U^T) U*||``, in which directions that were not learned count
+    as orthogonal to the truth.
+    """
     rank, count = point["rank"], point["count"]
     key = jax.random.key(point["seed"])
     key = jax.random.fold_in(jax.random.fold_in(key, rank), count)
@@ -173,7 +179,10 @@ def recovery_error(
     x = x + point["noise"] * jax.random.normal(noise_key, x.shape)
     x = jnp.where((jnp.arange(max_count) < count)[None, :, None], x, 0)
     found, _ = learn(learn_key, x.reshape(-1, DIM), num_components, max_rank, rank)
-    return {"error": subspaces.match_components(bases, found).distance.max()}
+    matched = found[subspaces.match_components(bases, found).perm]
+    mm = lambda a, b: jnp.matmul(a, b, precision="highest")
+    outside = bases - mm(matched, mm(jnp.swapaxes(matched, 1, 2), bases))
+    return {"error": jnp.sqrt(2 * jnp.sum(outside**2, axis=(1, 2))).max()}
 
 
 def learners(preset: Preset) -> dict[str, tuple[int, Learner]]:

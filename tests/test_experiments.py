@@ -1,12 +1,14 @@
 """Experiments run at their smallest preset and show what they should."""
 
+import functools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from experiments import jacobian_rank
+from experiments import jacobian_rank, phase_transition
+from lowdim_diffusion import training
 
 
 def test_exact_rank_runs_from_d_to_kd():
@@ -27,3 +29,31 @@ def test_writes_its_results(tmp_path):
         "jacobian_rank.png",
         "report.html",
     }
+
+
+def test_principal_components_switch_on_exactly_at_d_samples():
+    """Check 2 of the theory: error sqrt(2 (d - N)) below N = d, and none from there on."""
+    learn = functools.partial(
+        phase_transition.recovery_error,
+        learn=phase_transition.pca,
+        num_components=1,
+        max_rank=5,
+        max_count=8,
+    )
+    grid = {"noise": [0.0], "rank": range(2, 6), "count": range(1, 9), "seed": range(5)}
+    errors = training.sweep(learn, grid).values["error"][0]
+    missing = np.maximum(np.arange(2, 6)[:, None] - np.arange(1, 9)[None, :], 0)
+    np.testing.assert_allclose(errors, np.sqrt(2 * missing)[:, :, None].repeat(5, 2), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", phase_transition.PARTS)
+def test_phase_transition_writes_its_results(part, tmp_path):
+    command = [sys.executable, "-m", "experiments.phase_transition", "--preset", "smoke"]
+    command += ["--part", part, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {p.name for p in tmp_path.iterdir()}
+    table = {"maps": "success", "collapse": "collapse", "ranks": "jacobian_rank"}[part]
+    assert {"report.html", f"{table}.csv"} <= names
+    assert len((tmp_path / f"{table}.csv").read_text().splitlines()) > 4
