@@ -129,6 +129,7 @@ def nearest(
 
     def distances(args: tuple[Array, Array]) -> Array:
         query, index = args
-        return safe_sqrt(jnp.sum((query[None] - reference[index]) ** 2, axis=-1))
+        squared = jnp.sum((query[None] - reference[index]) ** 2, axis=-1)
+        return jnp.where(jnp.isnan(squared), jnp.nan, safe_sqrt(squared))
 
     return Nearest(jax.lax.map(distances, (x, index), batch_size=size), index)

@@ -82,8 +82,6 @@ Average = Literal["inverse", "mean"]
 Normalizer = Literal["k-1", "k-2"]
 PCARule = Literal["fo", "ratio", "participation"]
 
-_THRESHOLDS = {"fo": 0.05, "ratio": 0.95}
-
 
 # --- Samples -------------------------------------------------------------------------------------
 
@@ -95,7 +93,8 @@ def _prepare(where: str, x: ArrayLike) -> tuple[Float[Array, "num_samples n"], I
     if x.ndim < 2 or 0 in x.shape:
         fix = "one example per row; a list of numbers is x[:, None]"
         raise fail(where, "wrong shape of x", "[N, *data], not empty", x.shape, fix)
-    if is_concrete(x):
+    concrete = is_concrete(x)
+    if concrete:
         bad = int(np.sum(~np.isfinite(np.asarray(x).reshape(len(x), -1)).all(1)))
         if bad:
             got = f"NaN or infinity in {bad} of {len(x)} examples"
@@ -105,6 +104,8 @@ def _prepare(where: str, x: ArrayLike) -> tuple[Float[Array, "num_samples n"], I
         x = x - x.mean(0)[None]  # before an offset costs digits in float32
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if not concrete:
+        x = jnp.where(jnp.all(jnp.isfinite(x)), x, jnp.nan)  # one bad example is not passed over
     _, exponent = jnp.frexp(jax.lax.stop_gradient(jnp.max(jnp.abs(x))))
     return jnp.ldexp(x, -exponent), exponent
 
@@ -347,14 +348,19 @@ def _variances(x: Float[Array, "num_samples n"]) -> Float[Array, " m"]:
 
 def _count(var: Float[Array, " m"], rule: PCARule, threshold: float | None) -> Float[Array, ""]:
     total = jnp.sum(var)
+    safe = jnp.where(total > 0, total, 1)
     if rule == "participation":
-        return jnp.where(total > 0, total**2 / jnp.where(total > 0, jnp.sum(var**2), 1), 0)
-    threshold = _THRESHOLDS[rule] if threshold is None else threshold
-    if rule == "fo":
-        return jnp.sum(var > threshold * var[0], dtype=var.dtype)
-    share = jnp.cumsum(var) / jnp.where(total > 0, total, 1)
-    number = jnp.minimum(1 + jnp.sum(share < threshold), var.shape[0]).astype(var.dtype)
-    return jnp.where(total > 0, number, 0)
+        number = total**2 / jnp.where(total > 0, jnp.sum(var**2), 1)
+    elif rule == "fo":
+        number = jnp.sum(var > _threshold(rule, threshold) * var[0])
+    else:
+        short = jnp.cumsum(var) / safe < _threshold(rule, threshold)
+        number = jnp.minimum(1 + jnp.sum(short), var.shape[0])
+    return jnp.where(total > 0, number.astype(var.dtype), total)  # 0, or NaN from the data
+
+
+def _threshold(rule: str, threshold: float | None) -> float:
+    return {"fo": 0.05, "ratio": 0.95}[rule] if threshold is None else threshold
 
 
 def _check_rule(where: str, rule: Any, threshold: float | None) -> None:
@@ -604,7 +610,7 @@ def normal_bundle(
     Returns:
         ``[b]`` int32 in 1 .. n - 1; with ``return_spectrum`` a pair of these and of ``[b, n]``, the
         singular values of ``sigma(t) score / sqrt(num_scores)``, descending: about 1 across the
-        set, about 0 along it.
+        set, about 0 along it (below 1e-3 in float32 they are rounding).
 
     Raises:
         ValueError: if ``sigma(t) = 0``, n < 2, or there are fewer scores than numbers in x.
@@ -643,8 +649,9 @@ def normal_bundle(
             return score.reshape(chunk, dim)
 
         rows = jax.lax.map(scaled_scores, eps.reshape(num_chunks, chunk, dim))
-        rows = rows.reshape(-1, dim)[:num_scores] / math.sqrt(num_scores)
-        return jnp.linalg.svd(rows, compute_uv=False)
+        rows = rows.reshape(-1, dim)[:num_scores]
+        var = jnp.linalg.eigvalsh(jnp.matmul(rows.T, rows, precision="highest"))[::-1]
+        return jnp.sqrt(jnp.maximum(var, 0) / num_scores)
 
     ts = jnp.broadcast_to(jnp.asarray(t), (batch,))
     s = jax.lax.map(spectrum, (jnp.arange(batch), center, alpha, sigma, ts))

@@ -127,11 +127,9 @@ def normalized_mutual_info(
         rest = (whole - part) / jnp.where(part > 0, part, 1)
         return jnp.sum(jnp.where(part > 0, part * jnp.log1p(rest), 0)) / total
 
-    h_true, h_pred = entropy(a, jnp.sum(a)), entropy(b, jnp.sum(b))
+    both = entropy(a, jnp.sum(a)) + entropy(b, jnp.sum(b))
     unshared = entropy(table, a[:, None]) + entropy(table, b[None, :])
-    both = h_true + h_pred
-    score = jnp.clip(1 - unshared / jnp.where(both > 0, both, 1), 0, 1)
-    return jnp.where((h_true == 0) != (h_pred == 0), 0, score)
+    return jnp.clip(1 - unshared / jnp.where(both > 0, both, 1), 0, 1)
 
 
 def adjusted_rand_index(

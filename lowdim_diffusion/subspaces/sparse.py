@@ -31,7 +31,9 @@ References:
     Ng, Jordan & Weiss 2001 (the spectral clustering used here).
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -90,7 +92,7 @@ def ssc_omp(
 
     For each point: add the other point with the largest ``|<x_j, residual>|``, fit all chosen ones
     by least squares, repeat. Residuals are formed explicitly against an orthonormal basis of the
-    chosen points, so float32 resolves them as well as float64 does.
+    chosen points, so float32 suffices even for near copies.
 
     Args:
         x: ``[N, n]``, one point per row, any lengths; a zero row gets a zero row of C.
@@ -125,10 +127,13 @@ def ssc_omp(
         raise fail(where, "num_nonzero too large", expected, num_nonzero)
 
     def solve(y: Array, i: Array) -> Array:
-        def pick(state: tuple[Array, Array, Array], step: Array) -> Any:
-            residual, frame, taken = state
-            coherence = jnp.where(taken, 0, jnp.abs(_matmul(x, residual)))
+        others = jnp.arange(num_samples) != i
+
+        def pick(state: tuple[Array, Array], step: Array) -> Any:
+            residual, frame = state
+            coherence = jnp.where(others, jnp.abs(_matmul(x, residual)), 0)
             best = jnp.argmax(coherence)
+            # Points chosen before are orthogonal to the residual up to rounding.
             useful = (jnp.sum(residual**2) > tol) & (coherence[best] > _rounding(x))
             new = jnp.where(useful, x[best], 0)
             inside = _matmul(frame, new)
@@ -137,15 +142,12 @@ def ssc_omp(
             new = new - _matmul(again, frame)
             norm = safe_sqrt(jnp.sum(new**2))
             new = new / jnp.where(norm > 0, norm, 1)
-            state = (
-                residual - jnp.dot(new, residual, precision=_HIGHEST) * new,
-                frame.at[step].set(new),
-                taken.at[best].set(True),
-            )
+            residual = residual - jnp.dot(new, residual, precision=_HIGHEST) * new
+            state = residual, frame.at[step].set(new)
             return state, (best, (inside + again).at[step].set(jnp.where(norm > 0, norm, 1)))
 
-        start = (y, jnp.zeros((num_nonzero, dim), x.dtype), jnp.arange(num_samples) == i)
-        (_, frame, _), (chosen, triangle) = jax.lax.scan(
+        start = (y, jnp.zeros((num_nonzero, dim), x.dtype))
+        (_, frame), (chosen, triangle) = jax.lax.scan(
             pick, _varying(start, x), jnp.arange(num_nonzero)
         )
         # The chosen points are triangle @ frame: row t ends on the diagonal, 1 where none was.
@@ -195,7 +197,7 @@ def ensc(
         x: ``[N, n]``, one point per row, any lengths. A row orthogonal to all others (up to
             rounding) gets a zero row of C, as does a zero row.
         tau: in (0, 1], the share of the l1 norm. Below 1, equal points share the weight.
-        gamma: > 0; at most 1 gives zeros, noise-free data bear 500, real ones 5 to 50.
+        gamma: > 0; at most 1 gives zeros, 5 to 500 is usual, less for noisier data.
         max_nonzero: most points used for one. A row that reaches it stops there, optimal for those
             it has; time grows with the cube of it.
         max_iters: bound on linear systems per point; about 2 per nonzero are needed.
@@ -218,7 +220,7 @@ def ensc(
         [0.0, 0.0, 0.0, -0.9...]
 
     References:
-        You, Li, Robinson & Vidal 2016, arXiv 1605.02633, equation 4 and proposition 1;
+        You, Li, Robinson & Vidal 2016, arXiv 1605.02633, proposition 1 (the scale of gamma);
         Lawson & Hanson 1974, Solving least squares problems, chapter 23.
     """
     where = "ensc"
@@ -235,14 +237,14 @@ def ensc(
     num_samples, dim = x.shape
     width = min(max_nonzero, num_samples - 1)
     # Keeps the systems solvable where tau = 1 and the active points are dependent.
-    ridge = 4 * width * float(jnp.finfo(x.dtype).eps)
+    ridge = 4 * min(width, dim + 1) * float(jnp.finfo(x.dtype).eps)
 
     def solve(y: Array, i: Array) -> tuple[Array, Array, Array]:
         self_ = jnp.arange(num_samples) == i
         coherence = jnp.max(jnp.where(self_, 0, jnp.abs(_matmul(x, y))))
-        alone = coherence <= _rounding(x)
-        penalty = jnp.where(alone, 1, coherence) / (tau * gamma)
-        l1, l2 = tau * penalty, (1 - tau) * penalty + ridge
+        alone = coherence <= _rounding(x)  # then the penalty keeps c at zero
+        penalty = jnp.where(alone, 1 / tau, coherence / (tau * gamma))
+        l1, l2 = tau * penalty, jnp.maximum((1 - tau) * penalty, ridge)
 
         def iterate(carry: Any) -> Any:
             (sign, c, atoms, index, gram, target), settled, _, num_iters, _ = carry
@@ -254,7 +256,7 @@ def ensc(
             violation = jnp.maximum(excess[best], 0) / penalty
             slot = jnp.argmin(jnp.abs(sign))
             full = sign[slot] != 0
-            done = settled & ((violation <= tol) | full | alone)
+            done = settled & ((violation <= tol) | full)
             enters = settled & ~done
             put = lambda old, new: jnp.where(enters, old.at[slot].set(new), old)
             sign = put(sign, jnp.sign(gradient[best]))
@@ -292,7 +294,6 @@ def ensc(
         (_, c, _, index, _, _), _, _, num_iters, violation = jax.lax.while_loop(
             running, iterate, _varying(start, x)
         )
-        violation = jnp.where(alone, 0, violation)
         return jnp.zeros(num_samples, x.dtype).at[index].add(c), violation, num_iters
 
     c, violation, num_iters = _each_row(solve, x, batch_size)
@@ -323,15 +324,19 @@ def lsr(
         0.80...
 
     References:
-        Lu et al. 2012, arXiv 1404.6736, equation 13 and theorem 6.
+        Lu et al. 2012, arXiv 1404.6736, theorem 6.
     """
     where = "lsr"
     check_range(where, "penalty", penalty, 0, low_open=True)
     x = _unit_rows(where, x)
     eye = jnp.eye(x.shape[0], dtype=x.dtype)
-    factor = jax.scipy.linalg.cho_factor(_matmul(x, x.T) + penalty * eye, lower=True)
+    gram = _matmul(x, x.T)
+    factor = jax.scipy.linalg.cho_factor(gram + penalty * eye, lower=True)
     inverse = jax.scipy.linalg.cho_solve(factor, eye)
-    return jnp.where(eye == 1, 0, -inverse / jnp.diagonal(inverse)[:, None])
+    c = -inverse / jnp.diagonal(inverse)[:, None]
+    # A row of nothing but rounding must not become weights when rows are scaled to unit length.
+    related = jnp.max(jnp.abs(gram) * (1 - eye), axis=1, keepdims=True) > _rounding(x)
+    return jnp.where((eye == 0) & related, c, 0)
 
 
 def coefficient_affinity(
@@ -351,8 +356,10 @@ def coefficient_affinity(
     return (weight + weight.T) / 2
 
 
+@partial(jax.jit, static_argnums=1)  # its callers cannot be compiled from outside
 def _spectral_embedding(affinity: Array, num_clusters: int) -> Array:
     """Unit rows of the leading eigenvectors of ``D^{-1/2} A D^{-1/2}``."""
+    affinity = affinity.astype(jnp.promote_types(affinity.dtype, jnp.float32))
     degree = jnp.sum(affinity, axis=1)
     connected = degree > 0
     scale = jnp.where(connected, 1 / jnp.sqrt(jnp.where(connected, degree, 1)), 0)
@@ -405,15 +412,15 @@ def spectral_clustering(
     if not (is_concrete(affinity) and is_concrete(key)):
         fix = "call it outside jit and vmap"
         raise fail(where, "needs values", "concrete arrays", "traced ones", fix)
-    affinity = jnp.asarray(affinity)
-    affinity = affinity.astype(jnp.promote_types(affinity.dtype, jnp.float32))
-    if affinity.ndim != 2 or affinity.shape[0] != affinity.shape[1] or affinity.size == 0:
-        raise fail(where, "wrong shape of affinity", "(N, N) with N >= 1", affinity.shape)
-    if num_clusters > affinity.shape[0]:
-        expected = f"at most the {affinity.shape[0]} points"
-        raise fail(where, "num_clusters too large", expected, num_clusters)
-    check_range(where, "affinity", affinity, 0, np.finfo(affinity.dtype).max)
-    if not bool(jnp.allclose(affinity, affinity.T, rtol=1e-3)):
+    graph = np.asarray(affinity)
+    if graph.ndim != 2 or graph.shape[0] != graph.shape[1] or graph.size == 0:
+        raise fail(where, "wrong shape of affinity", "(N, N) with N >= 1", graph.shape)
+    if num_clusters > len(graph):
+        raise fail(
+            where, "num_clusters too large", f"at most the {len(graph)} points", num_clusters
+        )
+    check_range(where, "affinity", graph, 0, math.inf, high_open=True)
+    if not np.allclose(graph, graph.T, rtol=1e-3):
         fix = "see coefficient_affinity"
         raise fail(where, "wrong affinity", "a symmetric matrix", "an asymmetric one", fix)
     try:
@@ -421,9 +428,10 @@ def spectral_clustering(
     except ModuleNotFoundError as error:
         hint = 'pip install "lowdim-diffusion[experiments]"'
         raise ModuleNotFoundError(f"{where}: k-means needs scikit-learn; {hint}.") from error
-    embedding = np.asarray(_spectral_embedding(affinity, num_clusters))
+    embedding = np.asarray(_spectral_embedding(jnp.asarray(graph), num_clusters))
     seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
-    means = KMeans(num_clusters, n_init=num_restarts, random_state=seed)  # type: ignore[arg-type]
+    n_init: Any = num_restarts  # scikit-learn's own annotation names only the string
+    means = KMeans(num_clusters, n_init=n_init, random_state=seed)
     return jnp.asarray(means.fit_predict(embedding), jnp.int32)
 
 
@@ -476,6 +484,7 @@ def sparse_subspace_clustering(
     if num_components > len(kept):
         expected = f"at most the {len(kept)} points that are not zero"
         raise fail(where, "num_components too large", expected, num_components)
-    affinity = coefficient_affinity(coefficients(unit))[kept][:, kept]
-    labels = spectral_clustering(affinity, num_components, key=key, num_restarts=num_restarts)
-    return jnp.full(unit.shape[0], -1, jnp.int32).at[kept].set(labels)
+    affinity = np.asarray(coefficient_affinity(coefficients(unit)))[np.ix_(kept, kept)]
+    labels = np.full(len(unit), -1, np.int32)
+    labels[kept] = spectral_clustering(affinity, num_components, key=key, num_restarts=num_restarts)
+    return jnp.asarray(labels)

@@ -127,7 +127,9 @@ def test_more_labels_than_the_bound():
     true, pred = jnp.arange(5), jnp.zeros(5, int)
     for score in SCORES:
         assert bool(jnp.isnan(jax.jit(partial(score, num_labels=4))(true, pred)))
-        with pytest.raises(ValueError, match="too many different labels_true: .* at most 4, got 5"):
+        with pytest.raises(
+            ValueError, match=r"too many different labels_true: .* at most 4, got 5"
+        ):
             score(true, pred, num_labels=4)
 
 
