@@ -1,8 +1,8 @@
 """Numerical rank of the denoiser's Jacobian against 1/sigma, on a mixture of low-rank Gaussians.
 
 n = 48, K = 2 mutually orthogonal subspaces of rank d = 6: below the noise level at which the
-subspace is certain the rank is d, above it is K d. Three denoisers at ``x_0 + sigma eps``: the exact
-posterior mean, the low-rank autoencoder trained on noise, and a residual MLP. The published
+subspace is certain the rank is d, above it is K d. Three denoisers at ``x_0 + sigma eps``: the
+exact posterior mean, the low-rank autoencoder trained on noise, and a residual MLP. The published
 curves of the low-rank autoencoder and of a U-Net are drawn beside them.
 
 References:

@@ -135,7 +135,7 @@ def convert(
 ) -> Float[Array, "b *data"]:
     """Return ``value``, which is of kind ``source`` at ``(x_t, t)``, as kind ``to``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from lowdim_diffusion.schedules import VE
         >>> x_t, x0 = jnp.full((1, 2), 3.0), jnp.ones((1, 2))

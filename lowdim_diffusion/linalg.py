@@ -22,7 +22,7 @@ def expand_right(a: Any, ndim: int) -> Array:
 
     Times and scales of shape ``()`` or ``[b]`` then broadcast against examples ``[b, *data]``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> expand_right(jnp.ones(4), 3).shape
         (4, 1, 1)
@@ -73,7 +73,7 @@ def random_frames(
         orthogonal: make the subspaces mutually orthogonal, which needs ``K d <= n``.
         dtype: floating dtype of the result.
 
-    Example:
+    Examples:
         >>> import jax
         >>> random_frames(jax.random.key(0), 2, 48, 6, orthogonal=True).shape
         (2, 48, 6)

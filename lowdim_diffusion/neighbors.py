@@ -59,7 +59,7 @@ def nearest(
     Raises:
         ValueError: if the example shapes differ, or ``k`` exceeds the number of points.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> nearest(jnp.array([[0.9]]), jnp.array([[0.0], [1.0], [3.0]]), k=2).index.tolist()
         [[1, 0]]

@@ -120,7 +120,7 @@ def sample(
         ValueError: for a grid that does not decrease or leaves the schedule's range, a denoiser
             that changes the shape, an unknown ``save``, a wrong ``index``.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from lowdim_diffusion import schedules, solvers
         >>> white = lambda x, t: x / (1 + t**2)  # data N(0, I)
@@ -210,7 +210,7 @@ def sample_batched(
     Raises:
         ValueError: if the devices do not divide ``batch_size``, or ``cond`` has another length.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from lowdim_diffusion import schedules, solvers
         >>> white = lambda x, t: x / (1 + t**2)
@@ -289,7 +289,7 @@ def invert(
     Raises:
         ValueError: if the solver is stochastic, or for a bad grid.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from lowdim_diffusion import schedules, solvers
         >>> white = lambda x, t: x / (1 + t**2)  # data N(0, I)

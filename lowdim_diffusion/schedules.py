@@ -65,7 +65,7 @@ class VPLinear:
         beta_min: rate at ``t = 0``, > 0.
         beta_max: rate at ``t = 1``, >= ``beta_min``.
 
-    Example:
+    Examples:
         >>> s = VPLinear()
         >>> round(float(s.sigma(0.3) / s.alpha(0.3)), 2)
         1.23
@@ -269,7 +269,7 @@ def times_from_sigmas(schedule: Schedule, sigmas: Any) -> Array:
 
     Lets every schedule use :func:`karras_grid`.
 
-    Example:
+    Examples:
         >>> ts = times_from_sigmas(VPLinear(), karras_grid(10, 0.002, 80.0))
         >>> float(ts[-1])
         0.0
@@ -294,7 +294,7 @@ def karras_grid(
         sigma_max: largest level.
         rho: 1 is uniform in sigma, large values tend to uniform in log sigma.
 
-    Example:
+    Examples:
         >>> [round(float(s), 2) for s in karras_grid(10)[:3]]
         [80.0, 42.42, 21.11]
 

@@ -131,7 +131,7 @@ def batches(
     Raises:
         ValueError: if sizes, names or the subset do not fit.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from lowdim_diffusion import data
         >>> digits = data.batches(data.load("digits"), 32)

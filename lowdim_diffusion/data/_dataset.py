@@ -114,7 +114,7 @@ class Dataset:
     def describe(self) -> str:
         """Return one line: name, count, shape, dtype, range, classes.
 
-        Example:
+        Examples:
             >>> from lowdim_diffusion import data
             >>> data.load("digits").describe()
             'digits: 1797 images 8x8x1, uint8 0..255 (drawn in [-1, 1]), 10 classes'
@@ -145,7 +145,7 @@ class Dataset:
     def split(self, num_first: int, *, seed: int = 0) -> tuple["Dataset", "Dataset"]:
         """Return two disjoint random parts, the first of ``num_first`` examples.
 
-        Example:
+        Examples:
             >>> from lowdim_diffusion import data
             >>> train, held_out = data.load("digits").split(1500)
             >>> train.num_examples, held_out.num_examples
@@ -184,7 +184,7 @@ def from_arrays(
     Raises:
         DataError: if the arrays do not fit this description.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from_arrays(np.zeros((4, 12)), [1, -1, -1, 1]).class_names
         ('-1', '1')
@@ -200,7 +200,7 @@ def from_arrays(
 def to_uint8(x: Any) -> np.ndarray:
     """Return pictures in [-1, 1] as uint8 0..255, undoing the scaling; values outside are cut.
 
-    Example:
+    Examples:
         >>> to_uint8([-1.0, 0.0, 1.0, 7.0])
         array([  0, 128, 255, 255], dtype=uint8)
     """

@@ -83,7 +83,7 @@ def load(
     Raises:
         DataError: in one line, what is wrong with the file and what would help.
 
-    Example:
+    Examples:
         >>> from lowdim_diffusion import data
         >>> data.load("digits", classes=[0, 1], num_examples=100, seed=0).num_examples
         100

@@ -51,7 +51,7 @@ def molrg(
         seed: decides frames and samples.
         orthogonal: mutually orthogonal subspaces, which needs ``K d <= n``.
 
-    Example:
+    Examples:
         >>> from lowdim_diffusion import data
         >>> made = data.molrg(dim=16, rank=2, num_samples=100)
         >>> made.images.shape, made.truth.bases.shape

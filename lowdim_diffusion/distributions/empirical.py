@@ -52,7 +52,7 @@ class Empirical(Distribution):
     Raises:
         ValueError: if ``data`` is empty or has no data axis.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> p = Empirical(jnp.array([[-1.0], [1.0]]))
         >>> print(p.posterior_mean(jnp.array([[0.5]]), 1.0, 1.0).round(6))  # tanh(x / sigma^2)

@@ -58,7 +58,7 @@ class Gaussian(Distribution):
     Raises:
         ValueError: on shapes that do not fit or a negative ``noise_std``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> p = Gaussian(jnp.zeros(2), jnp.array([[1.0], [0.0]]))
         >>> print(p.posterior_mean(jnp.array([[1.0, 1.0]]), 1.0, 1.0))
@@ -223,7 +223,7 @@ class Gaussian(Distribution):
             alpha_to: scalar or ``[b]``.
             sigma_to: scalar or ``[b]``; 0 lands on the data.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> p = Gaussian(jnp.zeros(1), jnp.ones((1, 1)))
             >>> print(p.flow(jnp.array([[5.0]]), 1.0, 3.0, 1.0, 0.0).round(4))

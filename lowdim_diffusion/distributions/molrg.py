@@ -90,7 +90,7 @@ class MoLRG(Distribution):
         ValueError: on shapes that do not fit, negative scales or weights, or columns that are
             visibly not orthonormal (values are checked outside ``jit`` only).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> p = MoLRG(bases=jnp.eye(2)[:, :, None])  # the two axes of the plane
         >>> x = jnp.array([[1.0, 0.0]])

@@ -43,7 +43,7 @@ def pixel_embedding(x: ArrayLike) -> Float[Array, "b n"]:
     Args:
         x: ``[b, *data]``.
 
-    Example:
+    Examples:
         >>> pixel_embedding([[1.0, 3.0], [5.0, 5.0]]).round(3).tolist()
         [[-0.707..., 0.707...], [0.0, 0.0]]
     """
@@ -66,7 +66,7 @@ def generalization_score(
         threshold: cosine above which two examples count as copies, in [-1, 1]; see the module.
         embed: ``[b, *data] -> [b, *features]``; lengths do not matter, only directions.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> train = jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
         >>> float(generalization_score(jnp.array([[0.1, 1.0, 0.1], [0.0, 0.0, 1.0]]), train, 0.9))
@@ -138,7 +138,7 @@ def memorized_fraction(
         train: ``[N, *data]``, N >= 2.
         ratio: in (0, 1]; 1/3 flagged 0 of 10,000 held-out MNIST images and 3 of Fashion-MNIST.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> train = jnp.array([[0.0], [1.0]])
         >>> float(memorized_fraction(jnp.array([[0.1], [0.4], [1.0], [3.0]]), train))

@@ -40,7 +40,7 @@ def make(name: str, **config: Any) -> Network:
     Raises:
         ValueError: for an unknown name or option (with the nearest known one), or a bad value.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> net = make("mlp", data_shape=(48,), width=32, depth=1)
         >>> params = net.init(jax.random.key(0))
@@ -67,7 +67,7 @@ def make(name: str, **config: Any) -> Network:
 def options(name: str) -> dict[str, Any]:
     """Return the options of a network with their defaults; ``data_shape``, which has none, is None.
 
-    Example:
+    Examples:
         >>> options("linear")
         {'data_shape': None}
     """

@@ -41,7 +41,7 @@ def from_linen(
         name: how error messages call it.
         input_scale: what ``x`` the module expects, see :class:`Network`.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> class Net(nn.Module):
         ...     @nn.compact
@@ -89,7 +89,7 @@ def from_nnx(
         name: how error messages call it.
         input_scale: what ``x`` the module expects, see :class:`Network`.
 
-    Example:
+    Examples:
         >>> from flax import nnx
         >>> import jax, jax.numpy as jnp
         >>> class Net(nnx.Module):

@@ -63,7 +63,7 @@ def frames(
         orthonormal: as the network was built.
         joint: as the network was built.
 
-    Example:
+    Examples:
         >>> import jax
         >>> u = frames(jax.random.normal(jax.random.key(0), (2, 6, 2)), joint=True)
         >>> bool(abs(u[0].T @ u[1]).max() < 1e-6)

@@ -53,7 +53,7 @@ def image_grid(
         gap: pixels between pictures and around the grid.
         background: gray level of the gaps, 0 .. 255.
 
-    Example:
+    Examples:
         >>> image_grid(np.zeros((6, 8, 8, 1)), columns=3, side=8).shape
         (22, 32, 1)
     """
@@ -79,7 +79,7 @@ def image_grid(
 def png(picture: np.ndarray) -> bytes:
     r"""Return a uint8 picture ``[h, w]`` or ``[h, w, 1 or 3]`` as the bytes of a PNG file.
 
-    Example:
+    Examples:
         >>> png(np.zeros((2, 2), np.uint8))[:4]
         b'\x89PNG'
     """

@@ -3,7 +3,7 @@
 Pictures and figures are written into the page, the layout follows the width of the screen, and the
 colours follow the reader's light or dark setting. All text is escaped.
 
-Example:
+Examples:
     >>> report = Report("Phase transition", "n = 48, 20 seeds")
     >>> _ = report.section("Setting").text("Recovery switches on at N = d.")
     >>> _ = report.table(["d", "N"], [[2, 2], [3, 3]], caption="Boundary")

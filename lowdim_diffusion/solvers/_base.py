@@ -219,7 +219,7 @@ def plan(solver: Solver, schedule: Schedule, ts: Any) -> Plan:
         schedule: noise schedule.
         ts: ``[num_steps + 1]`` times; not checked here.
 
-    Example:
+    Examples:
         >>> from lowdim_diffusion import schedules, solvers
         >>> c = solvers.plan(solvers.euler(), schedules.VE(), [10.0, 1.0, 0.0]).coefficients
         >>> c.direction.tolist()

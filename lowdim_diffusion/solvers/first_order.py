@@ -156,7 +156,7 @@ def ddim(eta: Scalar = 0.0) -> Solver:
     Args:
         eta: 0 (deterministic, the default) to 1 (DDPM); may be traced.
 
-    Example:
+    Examples:
         >>> ddim().stochastic, ddim(0.5).stochastic
         (False, True)
 

@@ -160,7 +160,7 @@ def heun(
         noise_std: S_noise, standard deviation of the added noise; slightly above 1 counters a
             denoiser that removes too much.
 
-    Example:
+    Examples:
         >>> heun().stochastic, heun(churn=40.0, noise_std=1.003).stochastic
         (False, True)
 

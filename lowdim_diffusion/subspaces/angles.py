@@ -97,7 +97,7 @@ def principal_angles(
         ValueError: if the ambient dimensions differ, or a frame has more columns than rows or
             (outside ``jit``) linearly dependent columns.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> u = jnp.array([[1.0], [0.0], [0.0]])
         >>> v = jnp.array([[1e6], [1.0], [0.0]])
@@ -143,7 +143,7 @@ def projector_distance(
     absent: p and q are the numbers of the others, as in a mixture of unequal ranks. Otherwise
     arguments and errors are those of :func:`principal_angles`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> eye = jnp.eye(4)
         >>> float(projector_distance(eye[:, :2], eye[:, :3]))
@@ -172,7 +172,7 @@ def spectral_distance(
 
     Arguments and errors as in :func:`principal_angles`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> float(spectral_distance(jnp.eye(3)[:, :1], jnp.array([[3.0], [4.0], [0.0]])))
         0.8...

@@ -107,7 +107,7 @@ def k_subspaces(
         ValueError: if ``rank > n``, or ``K rank > n`` with ``orthogonal``, or there are fewer
             points than components, or x is not finite.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from lowdim_diffusion import distributions, linalg, subspaces
         >>> key = jax.random.key(0)

@@ -155,7 +155,7 @@ def neighbors(x: ArrayLike, k: int) -> Nearest:
     Raises:
         ValueError: if ``k >= N``, or on NaN in x.
 
-    Example:
+    Examples:
         >>> neighbors([[0.0], [1.0], [1.0], [5.0]], 2).index.tolist()
         [[1, 2], [2, 0], [1, 0], [1, 2]]
     """
@@ -216,7 +216,7 @@ def mle(
         ValueError: if ``k >= N``, on NaN in x, or if nothing can be estimated because all points
             are equal, or (except for "inverse") all k neighbours of a point are equally far.
 
-    Example:
+    Examples:
         >>> import jax
         >>> x = jax.random.uniform(jax.random.key(0), (2000, 2)) @ jax.random.normal(
         ...     jax.random.key(1), (2, 30))
@@ -297,7 +297,7 @@ def two_nn(
     Raises:
         ValueError: with fewer than two usable points, on NaN in x, or if every ``T_2 = T_1``.
 
-    Example:
+    Examples:
         >>> import jax
         >>> print(f"{two_nn(jax.random.normal(jax.random.key(0), (2000, 3))):.1f}")
         3...
@@ -409,7 +409,7 @@ def local_pca(
     Raises:
         ValueError: if ``k >= N``, or on NaN in x.
 
-    Example:
+    Examples:
         >>> import jax
         >>> x = jax.random.normal(jax.random.key(0), (300, 3)) @ jax.random.normal(
         ...     jax.random.key(1), (3, 20))
@@ -451,7 +451,7 @@ def global_pca(
     Returns:
         ``[]``; 0 if all points are equal.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         >>> float(global_pca(x)), float(global_pca(x, rule="ratio", threshold=0.9))
@@ -528,7 +528,7 @@ def flipd(
     Raises:
         ValueError: if ``sigma(t) = 0``, or only one of ``num_probes`` and ``key`` is given.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from lowdim_diffusion import distributions, schedules
         >>> p = distributions.MoLRG(jnp.eye(8)[None, :, :3])  # three of eight coordinates
@@ -615,7 +615,7 @@ def normal_bundle(
     Raises:
         ValueError: if ``sigma(t) = 0``, n < 2, or there are fewer scores than numbers in x.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from lowdim_diffusion import distributions, schedules
         >>> p = distributions.MoLRG(jnp.eye(8)[None, :, :3])
@@ -692,7 +692,7 @@ def jacobian_rank(
     Returns:
         ``[b]`` int32 in 0 .. n.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from lowdim_diffusion import distributions, schedules
         >>> p = distributions.MoLRG(jnp.eye(8)[None, :, :3])

@@ -40,7 +40,7 @@ def match_components(
         ValueError: if there are fewer learned components than true ones, or as
             :func:`principal_angles`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> bases = jnp.eye(6).reshape(3, 2, 6).swapaxes(1, 2)
         >>> jax.jit(match_components)(bases, bases[jnp.array([2, 0, 1])]).perm.tolist()
@@ -74,7 +74,7 @@ def off_span_energy(
         x: ``[..., n]``; a zero vector has share 0.
         bases: ``[K, n, d]``, any frames; they may overlap.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> bases = jnp.eye(3)[:, :2].T[:, :, None]  # the lines along e_1 and e_2
         >>> off_span_energy(jnp.array([[1.0, 1.0, 0.0], [0.0, 3.0, 4.0]]), bases).tolist()
@@ -96,7 +96,7 @@ def off_union_energy(
         x: ``[..., n]``; a zero vector has share 0.
         bases: ``[K, n, d]``, any frames.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> bases = jnp.eye(3)[:, :2].T[:, :, None]  # the lines along e_1 and e_2
         >>> off_union_energy(jnp.array([[1.0, 1.0, 0.0], [0.0, 3.0, 4.0]]), bases).tolist()

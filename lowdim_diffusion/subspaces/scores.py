@@ -90,7 +90,7 @@ def clustering_accuracy(
             than ``num_labels`` labels.
         TypeError: if the labels are not integers.
 
-    Example:
+    Examples:
         >>> float(clustering_accuracy([0, 0, 1, 1], [7, 7, -3, 7]))
         0.75
     """
@@ -113,7 +113,7 @@ def normalized_mutual_info(
 
     Arguments, NaN and errors as in :func:`clustering_accuracy`.
 
-    Example:
+    Examples:
         >>> float(normalized_mutual_info([0, 0, 1, 1], [1, 1, 0, 0]))
         1.0
         >>> float(normalized_mutual_info([0, 0, 1, 1], [5, 5, 5, 5]))
@@ -147,7 +147,7 @@ def adjusted_rand_index(
 
     Arguments, NaN and errors as in :func:`clustering_accuracy`.
 
-    Example:
+    Examples:
         >>> float(adjusted_rand_index([0, 0, 1, 1], [3, 3, 9, 9]))
         1.0
         >>> float(adjusted_rand_index([0, 0, 1, 1], [0, 1, 0, 1]))

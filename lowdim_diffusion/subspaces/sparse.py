@@ -107,7 +107,7 @@ def ssc_omp(
         ValueError: if there are fewer than 2 points, ``num_nonzero >= N``, or (outside ``jit``)
             entries that are not finite.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[2.0, 0, 0], [1, 0, 0], [0, 3, 4], [0, -3, -4]])
         >>> ssc_omp(x, num_nonzero=1).round(3).tolist()
@@ -213,7 +213,7 @@ def ensc(
         ValueError: if a setting is out of range, there are fewer than 2 points, or (outside
             ``jit``) entries are not finite.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[2.0, 0, 0], [1, 0, 0], [0, 3, 4], [0, -3, -4]])
         >>> ensc(x, tau=1.0, gamma=10.0).round(3)[2].tolist()
@@ -317,7 +317,7 @@ def lsr(
     Raises:
         ValueError: if ``penalty`` is not positive, or x as in :func:`ssc_omp`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> c = lsr(jnp.array([[2.0, 0], [1, 0], [0, 3]]), penalty=0.25)
         >>> float(c[0, 1].round(3))
@@ -344,7 +344,7 @@ def coefficient_affinity(
 ) -> Float[Array, "num_samples num_samples"]:
     """Return ``(|C| + |C|^T) / 2`` after scaling each row of C to unit length; zero rows stay.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> coefficient_affinity(jnp.array([[0.0, -3.0], [0.0, 0.0]])).tolist()
         [[0.0, 0.5], [0.5, 0.0]]
@@ -396,7 +396,7 @@ def spectral_clustering(
             more clusters than points; or inside ``jit``.
         ModuleNotFoundError: without scikit-learn (the extra ``experiments``).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> graph = jnp.array([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
         >>> labels = spectral_clustering(graph, 2, key=jax.random.key(0))
@@ -461,7 +461,7 @@ def sparse_subspace_clustering(
         ValueError: if there are fewer points than components, or as the parts do.
         ModuleNotFoundError: without scikit-learn (the extra ``experiments``).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> line, plane = jnp.eye(3)[:1], jnp.eye(3)[1:]
         >>> a, b = jnp.array([[1.0], [2], [-1]]), jnp.array([[1.0, 1], [1, 2], [2, -1], [-1, 1]])

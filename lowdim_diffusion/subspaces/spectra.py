@@ -43,7 +43,7 @@ def pca(x: Float[Array, "num_samples n"], rank: int) -> Float[Array, "n rank"]:
     Raises:
         ValueError: if ``rank`` exceeds n or there are no samples.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> abs(pca(jnp.array([[3.0, 0.0], [-2.0, 0.1]]), 1)).round(2).tolist()
         [[1.0], [0.01...]]
@@ -74,7 +74,7 @@ def numerical_rank(s: Float[Array, "*k m"], energy: Scalar = 0.99) -> Int[Array,
     Returns:
         ``[...]`` int32 in 0 .. m; 0 only for an all-zero spectrum.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> int(numerical_rank(jnp.array([3.0, 1.0, 0.1])))
         2
@@ -162,7 +162,7 @@ def jacobian_svd(
     Raises:
         ValueError: if ``rank`` exceeds the Jacobian's sides or ``fn`` changes the batch axis.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> scale = jnp.array([5.0, 3.0, 1.0, 0.0])
         >>> x = jnp.ones((2, 4))
@@ -204,7 +204,7 @@ def jacobian_spectrum(
     Returns:
         ``[b, m]``, descending.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> jacobian_spectrum(lambda x: x**2, jnp.array([[1.0, 3.0]])).tolist()
         [[6.0, 2.0]]

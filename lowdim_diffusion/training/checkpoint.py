@@ -120,7 +120,7 @@ class Checkpointer:
         keep: how many of the latest steps to keep, at least 1.
         keep_every: also keep every step that is a multiple of this number, for ever.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder) as checkpointer:
         ...     checkpointer.save(3, {"params": {"w": jnp.ones(2)}}, {"seed": 0})
@@ -301,7 +301,7 @@ class Checkpointer:
 def all_steps(root: str | os.PathLike) -> list[int]:
     """Return the steps on disk in ascending order, verified or not; other entries are ignored.
 
-    Example:
+    Examples:
         >>> all_steps("/nowhere")
         []
     """
@@ -402,7 +402,7 @@ def digest(source: PyTree | str | os.PathLike, *, step: int | None = None) -> di
     Raises:
         NoUsableCheckpointError: no step, or none that verifies.
 
-    Example:
+    Examples:
         >>> digest({"params": {"w": jnp.array([1.0, -2.0])}}, step=7)["sum"]
         3.0
     """

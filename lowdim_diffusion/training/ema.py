@@ -58,7 +58,7 @@ def gamma_from_std(std: float) -> float:
     Args:
         std: relative width, in (0, 0.2886): 0.05 and 0.1 are usual.
 
-    Example:
+    Examples:
         >>> round(gamma_from_std(0.05), 2), round(gamma_from_std(0.1), 2)
         (16.97, 6.94)
     """

@@ -38,7 +38,7 @@ def fit(
         Trained parameters, and ``metrics`` with ``loss`` and ``grad_norm`` of shape
         ``[num_steps]``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> loss_fn = lambda params, batch, key: (params - batch) ** 2
         >>> draw = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (64,))

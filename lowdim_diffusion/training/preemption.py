@@ -25,7 +25,7 @@ class StopSignal:
     and ``requested`` stays False. A signal that the process inherited as ignored is handled too, so
     a training started in the background of a script can be stopped like any other.
 
-    Example:
+    Examples:
         >>> with StopSignal() as stop:
         ...     signal.raise_signal(signal.SIGTERM)
         ...     stop.requested, stop.name

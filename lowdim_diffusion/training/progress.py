@@ -41,7 +41,7 @@ class Monitor(Protocol):
 def duration(seconds: float) -> str:
     """Return ``1:02:03`` or ``2:03``.
 
-    Example:
+    Examples:
         >>> duration(123.4), duration(3723)
         ('2:03', '1:02:03')
     """

@@ -72,7 +72,7 @@ class RunDirectory:
         NotARunError: on entering, if it is not empty and not a run.
         OSError: on entering, if it cannot be created or written; the message names it.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder, RunDirectory(folder) as run:
         ...     run.write_config("seed = 1")
@@ -307,7 +307,7 @@ def current_versions() -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line ``name: old -> new`` for each entry of nested mappings that differs.
 
-    Example:
+    Examples:
         >>> differences({"optim": {"lr": 0.1}, "seed": 0}, {"optim": {"lr": 0.2}, "seed": 0})
         ['optim.lr: 0.1 -> 0.2']
     """

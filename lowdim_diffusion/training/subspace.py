@@ -133,7 +133,7 @@ def fit_subspaces(
         ValueError: as :func:`lowdim_diffusion.subspaces.k_subspaces`, or for an objective that does
             not exist.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from lowdim_diffusion import linalg, subspaces
         >>> u = linalg.random_frames(jax.random.key(0), 1, 48, 3)[0]

@@ -74,7 +74,7 @@ def sweep(
     Raises:
         ValueError: for an empty grid, or a ``path`` with the results of another function or grid.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> found = sweep(lambda p: p["a"] * jnp.sqrt(p["b"]), {"a": [1, 2, 3], "b": [4.0, 9.0]})
         >>> found.values.tolist()
@@ -133,7 +133,7 @@ def table(found: Sweep) -> dict[str, np.ndarray]:
         found: a sweep whose function returned a dictionary of scalars (other leaves are left out)
             or a single scalar, then called ``value``.
 
-    Example:
+    Examples:
         >>> found = sweep(lambda p: {"double": 2 * p["a"]}, {"a": [1, 2], "seed": [0, 1, 2]})
         >>> {name: column.tolist() for name, column in table(found).items()}
         {'a': [1, 1, 1, 2, 2, 2], 'seed': [0, 1, 2, 0, 1, 2], 'double': [2, 2, 2, 4, 4, 4]}
