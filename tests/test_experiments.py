@@ -57,3 +57,14 @@ def test_phase_transition_writes_its_results(part, tmp_path):
     table = {"maps": "success", "collapse": "collapse", "ranks": "jacobian_rank"}[part]
     assert {"report.html", f"{table}.csv"} <= names
     assert len((tmp_path / f"{table}.csv").read_text().splitlines()) > 4
+
+
+@pytest.mark.slow
+def test_subspace_clustering_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.subspace_clustering", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "subspace_clustering.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 * 9 and (tmp_path / "report.html").exists()
+    solved = [row for row in rows if row.startswith('"union') and "K-subspaces,1.0" in row]
+    assert len(solved) == 3

@@ -349,7 +349,7 @@ def test_construction_inside_transformations(x64):
         ({"bases": np.eye(3)}, r"wrong shape of bases: expected \(any, any, any\), got \(3, 3\)"),
         ({"bases": np.ones((1, 2, 3))}, "1 <= rank <= dim"),
         ({"bases": 2 * np.eye(4)[None, :, :2]}, r"not orthonormal.*linalg\.orthonormalize"),
-        ({"weights": np.ones(3)}, r"wrong shape of weights: expected \(1\), got \(3,\)"),
+        ({"weights": np.ones(3)}, r"wrong shape of weights: expected \(1,\), got \(3,\)"),
         ({"weights": np.zeros(1)}, "all zero"),
         ({"weights": -np.ones(1)}, "weights out of range"),
         ({"scales": np.ones(2)}, "wrong shape of scales.*one per column"),
