@@ -30,6 +30,7 @@ def best_split(x, rank):
     return best
 
 
+@pytest.mark.slow
 def test_finds_the_best_of_all_splits(x64):
     for seed in range(4):
         x = jax.random.normal(jax.random.key(seed), (11, 4))
@@ -49,7 +50,15 @@ def test_one_subspace_is_pca(x64):
     )
 
 
-@pytest.mark.parametrize("num_components, rank", [(2, 2), (2, 4), (3, 3), (3, 6)])
+@pytest.mark.parametrize(
+    "num_components, rank",
+    [
+        (2, 4),
+        (3, 6),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_orthogonal_recovery_switches_on_at_d_points(num_components, rank):
     """Check 4, and the open challenge K = 3, d = 6: 0 at d - 1 points, nearly all from d on."""
 
@@ -66,7 +75,14 @@ def test_orthogonal_recovery_switches_on_at_d_points(num_components, rank):
     assert np.all(above < 0.05)
 
 
-@pytest.mark.parametrize("dim, num_components, rank", [(48, 2, 6), (48, 3, 6), (100, 5, 10)])
+@pytest.mark.parametrize(
+    "dim, num_components, rank",
+    [
+        (48, 3, 6),
+        pytest.param(48, 2, 6, marks=pytest.mark.slow),
+        pytest.param(100, 5, 10, marks=pytest.mark.slow),
+    ],
+)
 def test_random_unions_where_random_starts_fall_short(dim, num_components, rank):
     bases, x, labels = union(
         jax.random.key(5), num_components, dim, rank, 2 * rank, orthogonal=False
@@ -105,6 +121,7 @@ def test_padding_and_masks_change_nothing():
         assert float(distance.max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_more_dimensions_than_points():
     bases, x, _ = union(jax.random.key(0), 2, 300, 3, 9, orthogonal=False)
     found = subspaces.k_subspaces(jax.random.key(1), x, 2, 3)

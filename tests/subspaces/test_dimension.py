@@ -641,6 +641,7 @@ def test_denoiser_estimates_of_a_union_of_three_dimensions(x64, dtype):
     np.testing.assert_array_equal(normal, true)
 
 
+@pytest.mark.slow
 def test_hutchinson_is_unbiased_with_the_stated_variance(x64):
     p, x, _ = union(jnp.float64)
     ve, t, num = schedules.VE(), 0.4, 200
@@ -773,6 +774,7 @@ def test_denoiser_estimates_refuse_bad_arguments(unchecked, key):
 # --- The experiment ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_experiment_reproduces_its_references_and_the_truth():
     """Every value that a reference stands beside, and the exact denoiser at small noise."""
     preset = intrinsic_dimension.PRESETS["smoke"]

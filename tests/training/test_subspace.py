@@ -110,7 +110,7 @@ def test_fewer_points_than_dimensions_leave_the_error_of_theory():
         assert float(run(keys, count).max()) < 0.02
 
 
-@pytest.mark.parametrize("assignment", ["hard", "soft"])
+@pytest.mark.parametrize("assignment", [pytest.param("hard", marks=pytest.mark.slow), "soft"])
 def test_two_subspaces_from_good_starts(assignment):
     key = jax.random.key(0)
     bases = linalg.random_frames(key, 2, 24, 3, orthogonal=True)
@@ -135,6 +135,7 @@ def test_two_subspaces_from_good_starts(assignment):
     np.testing.assert_allclose(joint.T @ joint, np.eye(6), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hard_assignment_never_beats_k_subspaces():
     """The analytic objective is K-subspaces': its optimum cannot hold more energy than theirs."""
     key = jax.random.key(3)

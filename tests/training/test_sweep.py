@@ -129,7 +129,9 @@ print("sum", int(found.values.sum()))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_interruption_loses_at_most_one_chunk(tmp_path, how):
     command = [sys.executable, "-c", textwrap.dedent(SLOW), str(tmp_path / "s")]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
