@@ -101,8 +101,8 @@ def principal_angles(
         >>> import jax.numpy as jnp
         >>> u = jnp.array([[1.0], [0.0], [0.0]])
         >>> v = jnp.array([[1e6], [1.0], [0.0]])
-        >>> float(principal_angles(u, v)[0])
-        9.99999...e-07
+        >>> print(f"{principal_angles(u, v)[0]:.3g}")
+        1e-06
     """
     where = "principal_angles"
     u, v = _same_space(where, u, v)
