@@ -17,7 +17,6 @@ References:
 """
 
 import argparse
-import csv
 import functools
 import pathlib
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import optax
 
 from experiments import jacobian_rank
+from experiments._tables import rows_of, write_csv
 from lowdim_diffusion import (
     denoisers,
     linalg,
@@ -101,8 +101,8 @@ PRESETS = {
 
 # ---- success maps -------------------------------------------------------------------------------
 
-Learner = Callable[[Any, jax.Array, int, int, Any], tuple[jax.Array, jax.Array]]
-"""``(key, x, K, largest rank, rank) -> (bases [K, n, largest rank], losses of all starts)``."""
+Learner = Callable[[Any, jax.Array, int, int, Any], jax.Array]
+"""``(key, x, K, largest rank, rank) -> bases [K, n, largest rank]``."""
 
 
 def pca(key: Any, x: jax.Array, num_components: int, rank: int, active: Any) -> Any:
@@ -111,7 +111,7 @@ def pca(key: Any, x: jax.Array, num_components: int, rank: int, active: Any) -> 
     basis = subspaces.pca(x, rank)
     held = jnp.linalg.norm(jnp.matmul(x, basis, precision="highest"), axis=0)
     used = (jnp.arange(rank) < active) & (held > 1e-5 * held[0])
-    return (basis * used[None, :])[None], jnp.zeros(1)
+    return (basis * used[None, :])[None]
 
 
 def k_subspaces(
@@ -128,7 +128,7 @@ def k_subspaces(
         num_restarts=count,
         active_rank=active,
     )
-    return found.bases, found.losses
+    return found.bases
 
 
 def denoiser(
@@ -156,7 +156,7 @@ def denoiser(
         num_steps=num_steps,
         active_rank=active,
     )
-    return found.bases, found.losses
+    return found.bases
 
 
 def recovery_error(
@@ -178,7 +178,7 @@ def recovery_error(
     x = jnp.einsum("knd,kbd->kbn", bases, inner, precision="highest")
     x = x + point["noise"] * jax.random.normal(noise_key, x.shape)
     x = jnp.where((jnp.arange(max_count) < count)[None, :, None], x, 0)
-    found, _ = learn(learn_key, x.reshape(-1, DIM), num_components, max_rank, rank)
+    found = learn(learn_key, x.reshape(-1, DIM), num_components, max_rank, rank)
     matched = found[subspaces.match_components(bases, found).perm]
     mm = lambda a, b: jnp.matmul(a, b, precision="highest")
     outside = bases - mm(matched, mm(jnp.swapaxes(matched, 1, 2), bases))
@@ -253,11 +253,7 @@ def success_maps(preset: Preset, out: pathlib.Path, seed: int, mesh: Any) -> lis
                 progress=name,
             )
         )
-        columns = zip(*(column.tolist() for column in table.values()), strict=True)
-        rows += [
-            {"method": name, "K": num_components, **dict(zip(table, row, strict=True))}
-            for row in columns
-        ]
+        rows += [{"method": name, "K": num_components, **row} for row in rows_of(table)]
     return rows
 
 
@@ -352,22 +348,10 @@ def collapse(preset: Preset, out: pathlib.Path, seed: int) -> list[dict[str, Any
         path=out / "chunks" / "collapse",
         progress="neural denoisers",
     )
-    table = training.table(found)
-    return [
-        dict(zip(table, row, strict=True))
-        for row in zip(*(column.tolist() for column in table.values()), strict=True)
-    ]
+    return rows_of(training.table(found))
 
 
 # ---- the command --------------------------------------------------------------------------------
-
-
-def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Write tidy rows."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def report_maps(report: Any, rows: list[dict[str, Any]], preset: Preset, out: pathlib.Path) -> None:

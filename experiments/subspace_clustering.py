@@ -12,7 +12,6 @@ References:
 """
 
 import argparse
-import csv
 import functools
 import pathlib
 import time
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._tables import write_csv
 from lowdim_diffusion import data, linalg, reporting, subspaces, training
 
 
@@ -234,10 +234,7 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = run(PRESETS[options.preset], options.faces, options.seed)
-    with open(options.out / "subspace_clustering.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.out / "subspace_clustering.csv", rows)
     report = reporting.Report("Subspace clustering", f"preset {options.preset}")
     names = list(dict.fromkeys(row["method"] for row in rows))
     for name in dict.fromkeys(row["data"] for row in rows):

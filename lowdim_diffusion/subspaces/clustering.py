@@ -118,10 +118,8 @@ def k_subspaces(
         True
     """
     where = "k_subspaces"
-    _check(where, x, num_components, rank, orthogonal)
-    check_int(where, "num_restarts", num_restarts)
+    _check(where, x, num_components, rank, orthogonal, num_restarts, start)
     check_int(where, "max_iters", max_iters)
-    check_choice(where, "start", start, STARTS)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     num_samples, dim = x.shape
     lift = None
@@ -158,9 +156,7 @@ def starts(
 
     Arguments and errors as there.
     """
-    _check("starts", x, num_components, rank, orthogonal)
-    check_int("starts", "num_restarts", num_restarts)
-    check_choice("starts", "start", start, STARTS)
+    _check("starts", x, num_components, rank, orthogonal, num_restarts, start)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mask = _mask(x, rank, active_rank)
     return _starts(key, x, num_components, rank, num_restarts, start, orthogonal, mask)
@@ -172,9 +168,19 @@ def _mask(x: Array, rank: int, active_rank: Any) -> Array:
     return (jnp.arange(rank) < active_rank).astype(x.dtype)
 
 
-def _check(where: str, x: Any, num_components: int, rank: int, orthogonal: bool) -> None:
+def _check(
+    where: str,
+    x: Any,
+    num_components: int,
+    rank: int,
+    orthogonal: bool,
+    num_restarts: int,
+    start: str,
+) -> None:
     check_int(where, "num_components", num_components)
     check_int(where, "rank", rank)
+    check_int(where, "num_restarts", num_restarts)
+    check_choice(where, "start", start, STARTS)
     num_samples, dim = x.shape
     if rank > dim:
         raise fail(where, "rank too large", f"at most the data's dimension {dim}", rank)
