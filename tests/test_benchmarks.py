@@ -27,6 +27,9 @@ def test_ratios_are_per_unit_and_pairwise(monkeypatch, tmp_path):
     assert first["ratio"] == 1 and first["median_ms"] == 3000
     assert (second["ratio_min"], second["ratio_max"]) == (pytest.approx(5 / 6), 1.5)
     monkeypatch.undo()
+    own = [harness.Variant("a", lambda: 0.5, 1), harness.Variant("b", lambda: 2.0, 2)]
+    case = harness.Case("c", "step", lambda size: own, most_rounds=1)
+    assert [row["ratio"] for row in harness.run(case, "smoke")["rows"]] == [1, 2]
     harness.write(tmp_path / "deep" / "b.json", [{"case": "c"}])
     stored = json.loads((tmp_path / "deep" / "b.json").read_text())
     assert stored["environment"]["jax"] and stored["results"] == [{"case": "c"}]

@@ -17,21 +17,16 @@ from lowdim_diffusion._types import DenoiseFn
 from lowdim_diffusion.cli import build, drawing
 from lowdim_diffusion.cli.loading import LoadedRun
 
-__all__ = ["FULL", "Analysis", "Spectrum", "analyze"]
+__all__ = ["FULL", "STEPS", "Analysis", "analyze"]
 
 FULL = 1024
-"""Up to this dimension all singular values are computed, and with them the numerical rank."""
+"""Up to this dimension all singular values are computed, beyond it the leading ones."""
 _CHEAP = 256
 """Up to this dimension that is cheap enough to do it for several examples."""
 
 
-class Spectrum(NamedTuple):
-    """Jacobian singular values of one denoiser along a trajectory."""
-
-    values: np.ndarray
-    """``[T, b, m]`` singular values of ``d x0_hat / d (x_t / alpha)``, descending."""
-    rank_ratio: np.ndarray | None
-    """``[T, b]`` numerical rank over dimension, if all singular values are known."""
+STEPS = (0.18, 0.36, 0.72)
+"""Steps at which linearity is tested, in units of ``subspaces.step_length``."""
 
 
 class Analysis(NamedTuple):
@@ -51,9 +46,9 @@ class Analysis(NamedTuple):
     """``[T + 1]`` their times."""
     sigmas: np.ndarray
     """``[T + 1]`` their noise levels ``sigma / alpha``; the last is 0."""
-    spectrum: Spectrum
+    spectrum: subspaces.Atlas
     """At the first T states."""
-    exact: Spectrum | None
+    exact: subspaces.Atlas | None
     """The same of the exact denoiser, where there is one."""
     angles: dict[str, np.ndarray]
     """Principal angles in radians, ascending, by the names of the two subspaces."""
@@ -142,19 +137,17 @@ def analyze(
 
 def _spectrum(
     denoise_fn: DenoiseFn, model: build.Model, states: Any, ts: Any, rank: int, key: Any
-) -> Spectrum:
+) -> subspaces.Atlas:
     dim = int(np.prod(model.net.data_shape))
-    leading = None if dim <= FULL else min(rank, dim)
+    options: Any = {} if dim <= FULL else {"rank": min(rank, dim), "tol": 1e-2}
 
     @jax.jit
     def run(states: Any, ts: Any) -> Any:
-        return subspaces.trajectory_spectra(
-            denoise_fn, model.schedule, states, ts, rank=leading, key=key
+        return subspaces.spectral_atlas(
+            key, denoise_fn, model.schedule, states, ts, steps=STEPS, **options
         )
 
-    values = run(states, jnp.asarray(ts, states.dtype))
-    ratio = None if leading else np.asarray(subspaces.numerical_rank(values)) / dim
-    return Spectrum(np.asarray(values), ratio)
+    return jax.tree.map(np.asarray, run(states, jnp.asarray(ts, states.dtype)))
 
 
 def _sample_angles(samples: np.ndarray, train: np.ndarray, rank: int, seed: int) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> int:
     if wants_help(argv):
         show_help(
             f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Measure a run: nearest training images of its samples, singular values and numerical\n"
-            "rank of its Jacobian along the way from noise to data, angles between subspaces.\n"
+            "Measure a run: nearest training images of its samples; singular values, rank and\n"
+            "linearity of its Jacobian from noise to data; angles between subspaces.\n"
             "Writes RUN/report.html and the numbers to RUN/analysis.npz.",
             [],
             AnalyzeArguments(),
@@ -96,6 +96,7 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     import numpy as np
 
     from lowdim_diffusion._files import write_atomic
+    from lowdim_diffusion.cli import analysis
 
     arrays = {
         "samples": measured.samples,
@@ -106,6 +107,11 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
         "trajectory": measured.trajectory,
         "singular_values": measured.spectrum.values,
         "rank_ratio": measured.spectrum.rank_ratio,
+        "energy": measured.spectrum.energy,
+        "asymmetry": measured.spectrum.asymmetry,
+        "linearity_steps": analysis.STEPS,
+        "linearity_norm_ratio": measured.spectrum.norm_ratio,
+        "linearity_cosine": measured.spectrum.cosine,
         "exact_singular_values": measured.exact and measured.exact.values,
         "exact_rank_ratio": measured.exact and measured.exact.rank_ratio,
         **{f"angles: {name}": value for name, value in measured.angles.items()},
@@ -117,16 +123,18 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
 
 def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
     from lowdim_diffusion import reporting
+    from lowdim_diffusion.cli import analysis
     from lowdim_diffusion.training.rundir import read_metrics
 
     rows = read_metrics(loaded.path / "metrics.jsonl")
     losses = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     config, net = loaded.model.config, loaded.model.net
     spectrum, exact = measured.spectrum, measured.exact
-    if spectrum.rank_ratio is None:
+    count = spectrum.values.shape[-1]
+    if (spectrum.rank_ratio * measured.samples[0].size > count + 0.5).any():
         notes.append(
-            f"Only the leading {spectrum.values.shape[-1]} of {measured.samples[0].size} singular "
-            "values were computed; the numerical rank needs all of them and is left out."
+            f"Only the leading {count} of {measured.samples[0].size} singular values were "
+            f"computed: a rank of {count + 1} stands for all above {count} (--rank {4 * count} sees more)."
         )
     where = str(loaded.path)
     shown = 24
@@ -157,6 +165,8 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             spectrum.rank_ratio,
             exact and exact.values,
             exact and exact.rank_ratio,
+            {f"λ = {step:g} √n": spectrum.cosine[..., i] for i, step in enumerate(analysis.STEPS)},
+            spectrum.asymmetry,
         ),
         angles={name: value.tolist() for name, value in measured.angles.items()},
         config=toml.dumps(config),
@@ -191,13 +201,12 @@ def _summary(measured: Any) -> str:
     lines = [f"nearest training example: median distance {np.median(measured.distance):.3g}"]
     if measured.memorized is not None:
         lines.append(f"memorized samples: {100 * measured.memorized:.1f} %")
-    if (ratio := measured.spectrum.rank_ratio) is not None:
-        mean = ratio.mean(1)
-        low = int(np.argmin(mean))
-        lines.append(
-            f"numerical rank / dimension: {mean[-1]:.2f} at sigma {measured.sigmas[-2]:.2g}, "
-            f"smallest {mean[low]:.2f} at sigma {measured.sigmas[low]:.2g}"
-        )
+    mean = measured.spectrum.rank_ratio.mean(1)
+    low = int(np.argmin(mean))
+    lines.append(
+        f"numerical rank / dimension: {mean[-1]:.2g} at sigma {measured.sigmas[-2]:.2g}, "
+        f"smallest {mean[low]:.2g} at sigma {measured.sigmas[low]:.2g}"
+    )
     for name, angles in measured.angles.items():
         lines.append(f"{name}: median angle {np.degrees(np.median(angles)):.1f} degrees")
     return "\n".join(lines)

@@ -34,11 +34,15 @@ class Spectra(NamedTuple):
     values: Any
     """``[T, b, m]`` singular values, descending."""
     rank_ratio: Any = None
-    """``[T, b]`` numerical rank over dimension; None where only leading values are known."""
+    """``[T, b]`` numerical rank over dimension."""
     exact_values: Any = None
     """``[T, b, m]`` of the exact denoiser of the data's distribution, where there is one."""
     exact_rank_ratio: Any = None
     """``[T, b]`` likewise."""
+    cosine: Mapping[str, Any] | None = None
+    """Length of a step to ``[T, b]``, how nearly linear the denoiser is along it (1 is linear)."""
+    asymmetry: Any = None
+    """``[T, b]``, ``||J - J^T|| / ||J + J^T||``."""
 
 
 def write_html(
@@ -174,6 +178,19 @@ def _spectra(report: Report, spectra: Spectra, plots: bool) -> None:
                 "Numerical rank (square root of the energy above 0.99) over the dimension of the "
                 "data, against signal to noise. Shaded: 10th to 90th percentile of samples.",
             )
+        if spectra.cosine:
+            average = lambda a: np.asarray(a, np.float64).reshape(len(spectra.sigmas), -1).mean(1)
+            report.figure(
+                figures.curves(
+                    {k: (spectra.sigmas, average(v)) for k, v in spectra.cosine.items()},
+                    xlabel="noise level σ",
+                    ylabel="cosine to the linear prediction",
+                    xscale="log",
+                ),
+                "How nearly linear the denoiser is along random steps λ, for inputs of about unit "
+                "variance: 1 where a step can be foretold by the Jacobian. Edits by its singular "
+                "vectors belong where this is near 1 and the rank is low.",
+            )
     _rank_table(report, spectra)
 
 
@@ -185,6 +202,7 @@ def _rank_table(report: Report, spectra: Spectra, max_rows: int = 8) -> None:
     for name, ratio in (
         ("rank / dimension", spectra.rank_ratio),
         ("exact rank / dimension", spectra.exact_rank_ratio),
+        ("asymmetry", spectra.asymmetry),
     ):
         if ratio is not None and len(ratio) == len(sigmas):
             columns.append(name)

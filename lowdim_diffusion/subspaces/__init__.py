@@ -9,7 +9,21 @@ from lowdim_diffusion.subspaces.angles import (
     projector_distance,
     spectral_distance,
 )
+from lowdim_diffusion.subspaces.atlas import (
+    Atlas,
+    Linearity,
+    linearity,
+    spectral_atlas,
+    step_length,
+)
 from lowdim_diffusion.subspaces.clustering import KSubspaces, assign_points, k_subspaces, starts
+from lowdim_diffusion.subspaces.jacobian import (
+    JacobianInfo,
+    jacobian_asymmetry,
+    jacobian_frobenius,
+    jacobian_spectrum,
+    jacobian_svd,
+)
 from lowdim_diffusion.subspaces.recovery import (
     Matching,
     match_components,
@@ -30,19 +44,14 @@ from lowdim_diffusion.subspaces.sparse import (
     spectral_clustering,
     ssc_omp,
 )
-from lowdim_diffusion.subspaces.spectra import (
-    JacobianInfo,
-    jacobian_spectrum,
-    jacobian_svd,
-    numerical_rank,
-    pca,
-    trajectory_spectra,
-)
+from lowdim_diffusion.subspaces.spectra import numerical_rank, pca
 
 __all__ = [
+    "Atlas",
     "ElasticNetInfo",
     "JacobianInfo",
     "KSubspaces",
+    "Linearity",
     "Matching",
     "adjusted_rand_index",
     "affinity",
@@ -53,9 +62,12 @@ __all__ = [
     "dimension",
     "ensc",
     "geodesic_distance",
+    "jacobian_asymmetry",
+    "jacobian_frobenius",
     "jacobian_spectrum",
     "jacobian_svd",
     "k_subspaces",
+    "linearity",
     "lsr",
     "match_components",
     "normalized_mutual_info",
@@ -66,9 +78,10 @@ __all__ = [
     "principal_angles",
     "projector_distance",
     "sparse_subspace_clustering",
+    "spectral_atlas",
     "spectral_clustering",
     "spectral_distance",
     "ssc_omp",
     "starts",
-    "trajectory_spectra",
+    "step_length",
 ]

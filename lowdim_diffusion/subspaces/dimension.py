@@ -65,7 +65,8 @@ from lowdim_diffusion._types import (
 )
 from lowdim_diffusion.linalg import expand_right
 from lowdim_diffusion.neighbors import Nearest, nearest
-from lowdim_diffusion.subspaces.spectra import jacobian_spectrum, numerical_rank
+from lowdim_diffusion.subspaces.jacobian import jacobian_spectrum
+from lowdim_diffusion.subspaces.spectra import numerical_rank
 
 __all__ = [
     "flipd",
@@ -678,7 +679,7 @@ def jacobian_rank(
       curves. Of r equal values it counts ``0.98 r``, so it falls short from d = 51 on.
     - "above": how many exceed 0.5, the directions in which the data vary more than the noise.
 
-    For noisy states along a trajectory take ``numerical_rank`` of ``trajectory_spectra``.
+    For noisy states along a trajectory take ``numerical_rank`` of ``spectral_atlas``.
 
     Args:
         denoise_fn: ``(x_t [b, *data], t) -> x0_hat [b, *data]``, each example alone.
