@@ -369,7 +369,7 @@ def report_maps(report: Any, rows: list[dict[str, Any]], preset: Preset, out: pa
             line=preset.ranks,
         )
         figure.savefig(out / f"success_noise_{noise:g}.png", dpi=150)
-        report.figure(figure, caption=f"Noise of standard deviation {noise:g}.")
+        report.figure(figure, caption=f"Noise of standard deviation {noise:g}.", wide=True)
     report.table(
         ["method", "noise", "N = d - 1", "N = d", "N = d + 1", "N = 2 d"],
         [

@@ -198,7 +198,8 @@ def block_power(
     Args:
         matmat: ``[..., dim, width] -> [..., out, width]``, A applied to each column.
         rmatmat: ``[..., out, width] -> [..., dim, width]``, the transpose of A.
-        start: ``[..., dim, width]``, full rank; a random or a neighbouring problem's V.
+        start: ``[..., dim, width]``, full rank; a random or a neighbouring problem's V. Under
+            ``shard_map`` it has to vary over the devices as the products do.
         rank: number of triplets wanted, <= width.
         max_iters: bound on the iterations, each with one product by A and one by its transpose.
         tol: see above.
@@ -230,8 +231,13 @@ def block_power(
         step, (_, _, _, change) = carry
         return (step < max_iters) & jnp.any(change > tol)
 
-    first = iterate(jnp.linalg.qr(start)[0])  # outside the loop: the carry then has its final type
+    v = jnp.linalg.qr(start)[0]
+    # The loop starts from nothing, so that the products are compiled once.
+    like = jax.eval_shape(iterate, v)
+    u, s, _, change = (jnp.zeros(a.shape, a.dtype) + 0 * jnp.sum(v).astype(a.dtype) for a in like)
     num_iters, (u, s, v, change) = jax.lax.while_loop(
-        running, lambda carry: (carry[0] + 1, iterate(carry[1][2])), (jnp.asarray(1), first)
+        running,
+        lambda carry: (carry[0] + 1, iterate(carry[1][2])),
+        (jnp.asarray(0), (u, s, v, change + jnp.inf)),
     )
     return BlockSVD(u[..., :rank], s[..., :rank], v[..., :rank], change, num_iters)

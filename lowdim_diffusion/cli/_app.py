@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model; the same command again continues where it stopped",
     "sample": "draw samples from a run's newest good checkpoint",
     "analyze": "measure a run: ranks, subspaces, nearest training images; writes its report",
+    "edit": "edit a region of images by singular vectors of the denoiser's Jacobian",
     "checkpoint": "verify a run's checkpoints, or print the digest of the newest",
     "doctor": "what is installed, what is missing, which devices there are",
 }
@@ -39,6 +40,7 @@ examples
   lowdim train --preset mnist --data.path ~/mnist --out runs/mnist
   lowdim sample --run runs/mnist --num-samples 64 --out samples.npz
   lowdim analyze --run runs/mnist
+  lowdim edit --run runs/mnist --images 3 7
 """
 
 

@@ -134,7 +134,8 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
     if (spectrum.rank_ratio * measured.samples[0].size > count + 0.5).any():
         notes.append(
             f"Only the leading {count} of {measured.samples[0].size} singular values were "
-            f"computed: a rank of {count + 1} stands for all above {count} (--rank {4 * count} sees more)."
+            f"computed: a rank of {count + 1} stands for all above {count}; --rank {4 * count} "
+            "sees more."
         )
     where = str(loaded.path)
     shown = 24

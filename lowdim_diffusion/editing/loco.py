@@ -16,6 +16,7 @@ References:
     Chen et al. 2024, arXiv 2409.02374, algorithms 1-2 and sec. 4.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,9 +97,7 @@ def find_directions(
     check_int(where, "rank", rank)
     check_int(where, "null_rank", null_rank, low=0)
     inside = _mask(where, mask, x)
-    options: Any = {"max_iters": max_iters, "tol": tol}
-    vt = subspaces.jacobian_svd(fn, x, rank, key=key, mask=inside, **options)[2]
-    return _directions(key, fn, x, inside, vt, null_rank, options)
+    return _measured(fn, x, inside, *_spaces(key, fn, x, inside, rank, null_rank, max_iters, tol))
 
 
 def supervised_direction(
@@ -152,7 +151,8 @@ def supervised_direction(
     v = pull(jnp.where(inside, slope, 0))[0].reshape(x.shape[0], 1, -1)
     norm = jnp.linalg.norm(v, axis=-1, keepdims=True)
     vt = v / jnp.where(norm > 0, norm, 1)
-    return _directions(key, fn, x, inside, vt, null_rank, {"max_iters": max_iters, "tol": tol})
+    out = _spaces(key, fn, x, inside, 0, null_rank, max_iters, tol)[1]
+    return _measured(fn, x, inside, vt, out)
 
 
 def random_directions(
@@ -160,9 +160,8 @@ def random_directions(
 ) -> Directions:
     """Return random orthonormal directions, the control that every edit is to be held against."""
     inside = _mask("random_directions", mask, x)
-    frames = jax.random.normal(key, (x.shape[0], x[0].size, rank), x.dtype)
-    vt = jnp.swapaxes(jnp.linalg.qr(frames)[0], 1, 2)
-    return _directions(key, fn, x, inside, vt, 0, {})
+    vt = _random_rows(key, x, rank)
+    return _measured(fn, x, inside, vt, vt[:, :0])
 
 
 def edit(
@@ -211,21 +210,45 @@ def edit(
         >>> [f"{x:.3f}" for x in images[:, 0, 0]]
         ['-1.414', '0.707']
     """
-    strengths = jnp.asarray(strengths, x_t.dtype)
-    if strengths.ndim != 1:
-        raise fail("edit", "wrong shape of strengths", "[num_strengths]", strengths.shape)
+    strengths = _strengths("edit", strengths, x_t)
     if direction.shape == x_t.shape[1:]:
         direction = direction[None]
     if direction.shape != (1, *x_t.shape[1:]):
         check_shape("edit", "direction", direction, x_t.shape, "or one for all, [*data]")
-    start = jnp.asarray(ts)[0]
-    unit = subspaces.step_length(schedule, start, x_t.shape[1:]).astype(x_t.dtype)
+    moves = strengths.reshape((-1,) + (1,) * x_t.ndim) * direction[None]
+    return _sample_moved(key, denoise_fn, schedule, ts, x_t, moves, solver, batch_size)
 
-    def one(strength: Array) -> Array:
-        moved = x_t + strength * unit * direction
+
+def _strengths(where: str, strengths: Any, x_t: Array) -> Array:
+    strengths = jnp.asarray(strengths, x_t.dtype)
+    if strengths.ndim != 1:
+        raise fail(where, "wrong shape of strengths", "[num_strengths]", strengths.shape)
+    return strengths
+
+
+def _sample_moved(
+    key: PRNGKey,
+    denoise_fn: DenoiseFn,
+    schedule: Schedule,
+    ts: Any,
+    x_t: Array,
+    moves: Array,
+    solver: Solver,
+    batch_size: int | None,
+) -> Array:
+    """Sample from ``x_t`` plus each relative move ``[M, b, *data]``."""
+    unit = subspaces.step_length(schedule, jnp.asarray(ts)[0], x_t.shape[1:]).astype(x_t.dtype)
+
+    def one(move: Array) -> Array:
+        moved = x_t + unit * move
         return sampling.sample(key, denoise_fn, schedule, ts, moved, solver=solver).x
 
-    return jax.lax.map(one, strengths, batch_size=batch_size or len(strengths))
+    # Equal batches: a remainder would be compiled as a second program.
+    count = len(moves)
+    batches = math.ceil(count / (batch_size or count))
+    size = math.ceil(count / batches)
+    rest = jnp.zeros((batches * size - count, *moves.shape[1:]), moves.dtype)
+    return jax.lax.map(one, jnp.concatenate([moves, rest]), batch_size=size)[:count]
 
 
 class Edits(NamedTuple):
@@ -236,7 +259,8 @@ class Edits(NamedTuple):
     reconstruction: Float[Array, "b *data"]
     """The round trip without an edit."""
     directions: Directions
-    images: Float[Array, "rank num_strengths b *data"]
+    """Found; the last ``num_random`` of them are random."""
+    images: Float[Array, "directions num_strengths b *data"]
     """Edited examples."""
 
 
@@ -252,10 +276,14 @@ def loco(
     solver: Solver,
     rank: int = 5,
     null_rank: int = 5,
+    num_random: int = 0,
     max_iters: int = 50,
     tol: float = 1e-3,
+    batch_size: int | None = None,
 ) -> Edits:
     """Return local edits of clean examples: inversion, directions, and a sweep of strengths.
+
+    One program for all of it; ``jit`` it whole.
 
     Args:
         key: starts the search.
@@ -268,17 +296,31 @@ def loco(
         solver: deterministic.
         rank: directions per example.
         null_rank: as in :func:`find_directions`.
-        max_iters: as there.
+        num_random: random directions to add to them, the control of the experiment.
+        max_iters: as in :func:`find_directions`.
         tol: as there.
+        batch_size: directions times strengths to sample at once; those of one direction by default.
     """
+    where = "loco"
+    strengths = _strengths(where, strengths, x_0)
+    check_int(where, "rank", rank)
+    check_int(where, "null_rank", null_rank, low=0)
+    check_int(where, "num_random", num_random, low=0)
+    inside = _mask(where, mask, x_0)
     x_t = sampling.invert(denoise_fn, schedule, ts, x_0, solver=solver)
     t = jnp.asarray(ts, x_t.dtype)[0]
     fn = lambda x: denoise_fn(x, t)
-    options: Any = {"null_rank": null_rank, "max_iters": max_iters, "tol": tol}
-    found = find_directions(key, fn, x_t, mask, rank, **options)
-    along = lambda v, steps: edit(key, denoise_fn, schedule, ts, x_t, v, steps, solver=solver)
-    images = jax.lax.map(lambda v: along(v, strengths), jnp.moveaxis(found.v, 1, 0))
-    return Edits(x_t, along(found.v[:, 0], [0.0])[0], found, images)
+    vt, out = _spaces(key, fn, x_t, inside, rank, null_rank, max_iters, tol)
+    chance = _random_rows(jax.random.fold_in(key, 1), x_t, num_random)
+    found = _measured(fn, x_t, inside, vt, out, chance)
+    v = jnp.moveaxis(found.v, 1, 0)[:, None]
+    moves = strengths.reshape((1, -1) + (1,) * x_t.ndim) * v
+    moves = moves.reshape(-1, *x_t.shape)
+    moves = jnp.concatenate([jnp.zeros_like(moves[:1]), moves])
+    size = batch_size or len(strengths)
+    images = _sample_moved(key, denoise_fn, schedule, ts, x_t, moves, solver, size)
+    edited = images[1:].reshape(len(v), len(strengths), *x_t.shape)
+    return Edits(x_t, images[0], found, edited)
 
 
 def _mask(where: str, mask: Any, x: Array) -> Any:
@@ -294,28 +336,61 @@ def _known(inside: Any) -> bool:
     return isinstance(inside, np.ndarray)
 
 
-def _directions(
+def _spaces(
     key: PRNGKey,
     fn: Callable[[Array], Array],
     x: Array,
     inside: Any,
-    raw: Array,
+    rank: int,
     null_rank: int,
-    options: dict[str, Any],
+    max_iters: int,
+    tol: float,
+) -> tuple[Array, Array]:
+    """Leading right singular rows of J_in ``[b, rank, n]`` and of J_out; zero where J_out is."""
+    count = null_rank
+    if _known(inside):
+        pixels = inside.reshape(len(inside), -1).sum(1)
+        if rank > pixels.min():
+            expected = f"at most {pixels.min()}, the entries inside the mask"
+            raise fail("find_directions", "rank too large", expected, rank, "or widen the mask")
+        count = min(null_rank, int(x[0].size - pixels.max()))
+
+    def rows(inside: Array) -> tuple[Array, Array]:
+        most = max(rank, count)
+        options: Any = {"mask": inside, "max_iters": max_iters, "tol": tol}
+        return subspaces.jacobian_svd(fn, x, most, key=key, **options)[1:]
+
+    # Both searches are one program: the products of one linearization, for two masks.
+    parts = [inside] * (rank > 0) + [~inside] * (count > 0)
+    if not parts:
+        return jnp.zeros((len(x), 0, x[0].size)), jnp.zeros((len(x), 0, x[0].size))
+    s, vt = jax.vmap(rows)(jnp.stack(parts))
+    alive = s > 100 * jnp.finfo(s.dtype).eps * s[..., :1]
+    return vt[0, :, :rank], jnp.where(alive[..., None], vt, 0)[-1, :, :count]
+
+
+def _random_rows(key: PRNGKey, x: Array, count: int) -> Array:
+    """``[b, count, n]`` orthonormal rows."""
+    draws = jax.random.normal(key, (x.shape[0], x[0].size, count), x.dtype)
+    return jnp.swapaxes(jnp.linalg.qr(draws)[0], 1, 2)
+
+
+def _measured(
+    fn: Callable[[Array], Array],
+    x: Array,
+    inside: Any,
+    raw: Array,
+    out: Array,
+    chance: Array | None = None,
 ) -> Directions:
-    """Project unit rows ``raw: [b, rank, n]`` and measure them before and after."""
-    v, kept = raw, jnp.ones(raw.shape[:2], raw.dtype)
-    beyond = int((~inside).reshape(len(inside), -1).sum(1).min()) if _known(inside) else x[0].size
-    count = min(null_rank, beyond)
-    if count:
-        out = subspaces.jacobian_svd(fn, x, count, key=key, mask=~inside, **options)
-        # Of a Jacobian that is zero (a traced mask may be full) the vectors are arbitrary.
-        alive = out[1] > 100 * jnp.finfo(raw.dtype).eps * out[1][:, :1]
-        vt = jnp.where(alive[..., None], out[2], 0)
-        mm = lambda a, b: jnp.matmul(a, b, precision="highest")
-        v = raw - mm(mm(raw, jnp.swapaxes(vt, 1, 2)), vt)
-        kept = jnp.linalg.norm(v, axis=-1)
-        v = v / jnp.where(kept > 0, kept, 1)[..., None]
+    """Project unit rows ``raw: [b, rank, n]`` off ``out``, add ``chance``, measure all effects."""
+    mm = lambda a, b: jnp.matmul(a, b, precision="highest")
+    v = raw - mm(mm(raw, jnp.swapaxes(out, 1, 2)), out)
+    kept = jnp.linalg.norm(v, axis=-1)
+    v = v / jnp.where(kept > 0, kept, 1)[..., None]
+    if chance is not None:
+        v, raw = (jnp.concatenate([a, chance.astype(a.dtype)], axis=1) for a in (v, raw))
+        kept = jnp.concatenate([kept, jnp.ones(chance.shape[:2], kept.dtype)], axis=1)
     both = jnp.concatenate([v, raw], axis=1).reshape(x.shape[0], -1, *x.shape[1:])
     product = jax.linearize(fn, x)[1]
     change = jax.vmap(product, in_axes=1, out_axes=1)(both.astype(x.dtype))

@@ -170,7 +170,7 @@ def from_segmentation(labels: ArrayLike, wanted: ArrayLike, data_shape: Sequence
     if unknown.size:
         listed = ", ".join(map(str, present[:30])) + (", ..." if present.size > 30 else "")
         raise fail(where, "label does not occur", f"one of {listed}", unknown[0])
-    return check_mask(where, np.isin(labels, wanted), data_shape)
+    return np.asarray(check_mask(where, np.isin(labels, wanted), data_shape))
 
 
 def from_file(
@@ -238,7 +238,7 @@ def from_file(
         raise data_error(path, "mask has no pixel inside", "at least one", 0, hint)
     if inside.all():
         raise data_error(path, "mask has every pixel inside", "a part of them", "all", hint)
-    return check_mask("from_file", inside, data_shape)
+    return np.asarray(check_mask("from_file", inside, data_shape))
 
 
 def _from_npy(path: Path) -> np.ndarray:

@@ -277,10 +277,9 @@ def feature_distance(
 
     Examples:
         >>> x = np.linspace(-1, 1, 64).reshape(1, 8, 8, 1)
-        >>> float(feature_distance(x, x)[0])
-        0.0
-        >>> bool(feature_distance(x, -x)[0] > feature_distance(x, x / 2)[0] > 0)
-        True
+        >>> pixels = lambda x: [x]  # of one channel, unit length leaves the sign
+        >>> [float(feature_distance(x, y, pixels)[0]) for y in (2 * x, -x)]
+        [0.0, 4.0]
     """
     where = "feature_distance"
     a, b = _pair(where, a, b)

@@ -7,7 +7,7 @@ column of about 12 cm, legible on a phone and in a paper. ``fig.savefig("x.pdf")
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from lowdim_diffusion.reporting.images import as_pictures
 
 __all__ = [
     "curves",
+    "edit_grid",
     "loss_curve",
     "nearest_pairs",
     "rank_curve",
@@ -315,6 +316,139 @@ def trajectory_strip(states: Any, sigmas: Any, *, rows: int = 3, columns: int = 
     return fig
 
 
+def _data_units(x: Any) -> np.ndarray:
+    """Pictures as float64 in the units of the data, in which 8 bits span [-1, 1]."""
+    x = np.asarray(x)
+    return x / 127.5 - 1 if x.dtype == np.uint8 else x.astype(np.float64)
+
+
+def _signed_change(change: np.ndarray) -> np.ndarray:
+    """``[..., h, w]``: of each pixel's channels, the one that changed most, with its sign."""
+    largest = np.argmax(np.abs(change), axis=-1)[..., None]
+    return np.take_along_axis(change, largest, axis=-1)[..., 0]
+
+
+def _edges(inside: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Straight pieces ``((x0, y0), (x1, y1))`` of a region's edge, along the sides of its pixels.
+
+    Pixel ``[i, j]`` covers ``j <= x <= j + 1`` and ``i <= y <= i + 1``.
+    """
+
+    def pieces(inside: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        changes = np.diff(np.pad(inside.astype(np.int8), ((1, 1), (0, 0))), axis=0) != 0
+        for y, row in enumerate(changes):
+            ends = np.flatnonzero(np.diff(np.pad(row.astype(np.int8), 1)))
+            for start, stop in ends.reshape(-1, 2).tolist():
+                yield y, start, stop
+
+    across = [((start, y), (stop, y)) for y, start, stop in pieces(inside)]
+    return across + [((x, start), (x, stop)) for x, start, stop in pieces(inside.T)]
+
+
+def edit_grid(
+    originals: Any,
+    edits: Any,
+    strengths: Any,
+    *,
+    row_labels: Iterable[str],
+    mask: Any = None,
+    difference: bool = True,
+) -> Figure:
+    """Return edits in a grid: a row per direction, a column per strength, negative to positive.
+
+    The first column is the picture before the edit, the last one the signed change at the strongest
+    edit, all rows on one scale; of three channels the one that changed most is shown.
+
+    Args:
+        originals: ``[R, h, w, c]`` or ``[R, h, w]``, one per row, or a single ``[h, w, c]`` or
+            ``[h, w]`` for all; values as :func:`lowdim_diffusion.reporting.as_pictures` takes them.
+        edits: ``[R, S, h, w, c]`` or ``[R, S, h, w]``.
+        strengths: ``[S]``, in any order.
+        row_labels: R names, e.g. of directions.
+        mask: the edits' region ``[h, w]`` or ``[h, w, 1 or c]``, outlined before and in the change.
+        difference: whether to draw the last column.
+    """
+    where = "edit_grid"
+    originals, edits, labels = np.asarray(originals), np.asarray(edits), list(row_labels)
+    if edits.ndim not in (4, 5) or 0 in edits.shape:
+        raise fail(where, "shape of edits", "[R, S, h, w, c] or [R, S, h, w]", edits.shape)
+    data_shape, rows = edits.shape[2:], len(edits)
+    if originals.shape not in (data_shape, (rows, *data_shape)):
+        raise fail(where, "shape of originals", f"{(rows, *data_shape)}", originals.shape)
+    if len(labels) != rows:
+        raise fail(where, "number of row labels", rows, len(labels))
+    strengths = np.asarray(strengths, np.float64)
+    if strengths.shape != edits.shape[1:2]:
+        raise fail(where, "number of strengths", f"({edits.shape[1]},)", strengths.shape)
+    order = np.argsort(strengths)
+    strengths = strengths[order]
+    size = (*data_shape, 1)[:3]
+    before = np.broadcast_to(_data_units(originals), (rows, *data_shape)).reshape(rows, *size)
+    after = _data_units(edits)[:, order].reshape(rows, len(order), *size)
+    edges = []
+    if mask is not None:
+        inside = np.asarray(mask)
+        if inside.shape not in (size[:2], size, (*size[:2], 1)):
+            raise fail(where, "wrong shape of the mask", f"{size[:2]}", inside.shape)
+        edges = _edges((inside if inside.ndim == 2 else inside.any(-1)) != 0)
+    strongest = int(np.flatnonzero(np.abs(strengths) == np.abs(strengths).max())[-1])
+    changes = _signed_change(after[:, strongest] - before)
+    columns = 1 + len(order) + difference
+    side = 0.72
+    height = rows * (side * size[0] / size[1] + 0.06) + 0.5
+    with _canvas(side * columns + 1.1 + 0.7 * difference, height) as fig:
+        grid = fig.subplots(rows, columns, squeeze=False)
+        shown = None
+        top = np.max(np.abs(changes), initial=0, where=np.isfinite(changes)) or 1.0
+        for i in range(rows):
+            pictures = as_pictures(np.concatenate([before[i : i + 1], after[i]]))
+            for axes, picture in zip(grid[i], pictures, strict=False):
+                _show(axes, picture)
+            grid[i, 0].set_ylabel(labels[i], fontsize=9, rotation=0, ha="right", va="center")
+            if difference:
+                _show(grid[i, -1], pictures[0])
+                grid[i, -1].images[0].remove()
+                shown = grid[i, -1].imshow(
+                    changes[i], cmap=_diverging(), vmin=-top, vmax=top, interpolation="none"
+                )
+            for axes in (grid[i, 0], grid[i, -1])[: 1 + difference]:
+                _outline(axes, edges)
+            for axes in grid[i]:
+                axes.set_aspect("equal")
+        grid[0, 0].set_title("before", fontsize=9)
+        for j, strength in enumerate(strengths):
+            prefix = "λ = " if j == 0 else ""
+            grid[0, 1 + j].set_title(prefix + _signed(strength), fontsize=9)
+        if shown is not None:
+            grid[0, -1].set_title(f"Δ at {_signed(strengths[strongest])}", fontsize=9)
+            bar = fig.colorbar(shown, ax=list(grid[:, -1]), aspect=12 * rows, pad=0.08)
+            bar.set_label("after − before", fontsize=9)
+            bar.ax.tick_params(labelsize=8)
+            bar.outline.set_visible(False)
+    return fig
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−") if value else "0"
+
+
+def _diverging() -> Any:
+    """Blue for less, orange for more, nearly white for none."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("change", ["#15599b", "#f3f4f6", "#c24e08"])
+
+
+def _outline(axes: Any, edges: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    """Draw a region's edge over a picture: bright on dark, visible on any gray."""
+    from matplotlib.collections import LineCollection
+
+    if edges:
+        lines = np.asarray(edges, np.float64) - 0.5
+        for color, width in (("black", 1.4), ("#ffd43b", 0.7)):
+            axes.add_collection(LineCollection(list(lines), colors=color, linewidths=width))
+
+
 def success_maps(
     panels: Mapping[str, Any], x: Any, y: Any, *, xlabel: str, ylabel: str, line: Any = None
 ) -> Figure:
@@ -343,7 +477,7 @@ def success_maps(
                 raise fail("success_maps", f"shape of {title!r}", (len(y), len(x)), rates.shape)
             image = axes.imshow(rates, origin="lower", cmap="Blues", vmin=0, vmax=1, aspect="auto")
             axes.grid(False)
-            axes.set_title(title)
+            axes.set_title(title, fontsize="medium" if len(title) < 27 else "small")
             axes.set_xticks(_spread(len(x), 8), x[_spread(len(x), 8)])
             axes.set_yticks(_spread(len(y), 8), y[_spread(len(y), 8)])
             if line is not None:

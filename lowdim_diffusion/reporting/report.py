@@ -55,6 +55,8 @@ section > * { grid-column: 1 / -1; min-width: 0; }
 section > figure.plot { grid-column: auto; }
 figure { margin: 0; }
 figure.plot svg, figure.plot img { width: 100%; max-width: 600px; height: auto; display: block; }
+section > figure.wide { grid-column: 1 / -1; overflow-x: auto; }
+figure.wide svg { max-width: none; min-width: 640px; }
 figcaption, caption { font-size: .875rem; line-height: 1.45; text-align: left; padding-top: .4rem; }
 caption { caption-side: bottom; }
 .picture { image-rendering: pixelated; max-width: 100%; height: auto; display: block; }
@@ -239,18 +241,21 @@ class Report:
         )
         return self._add(f'<div class="commands">{"".join(items)}</div>')
 
-    def figure(self, figure: Any, caption: str = "", *, alt: str = "") -> "Report":
+    def figure(
+        self, figure: Any, caption: str = "", *, alt: str = "", wide: bool = False
+    ) -> "Report":
         """Add a matplotlib figure as vector graphics; neighbouring figures share a row.
 
         Args:
             figure: a matplotlib ``Figure``.
             caption: what one sees.
             alt: for readers who do not see it; the caption if empty.
+            wide: give it the whole width of the page; a narrow screen scrolls it.
         """
         self._num_figures += 1
         svg = _svg(figure, alt or caption or "figure", salt=f"f{self._num_figures}")
         below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-        return self._add(f'<figure class="plot">{svg}{below}</figure>')
+        return self._add(f'<figure class="plot{" wide" * wide}">{svg}{below}</figure>')
 
     def picture(
         self, picture: np.ndarray, caption: str = "", *, alt: str = "", width: int | None = None

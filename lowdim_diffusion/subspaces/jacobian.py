@@ -167,6 +167,8 @@ def _start_block(
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     block = jax.random.normal(key, (1, dim, width), dtype)
     block = jnp.broadcast_to(block, (x.shape[0], dim, width))
+    # Equal branches: only tells shard_map that the block varies over the devices as the data does.
+    block = jnp.where(x.reshape(x.shape[0], -1, 1)[:, :1] == 0, block, block)
     if start is None:
         return block
     if start.ndim != 3 or start.shape[0] != x.shape[0] or start.shape[2] != dim:

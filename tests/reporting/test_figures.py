@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from lowdim_diffusion.reporting import figures
+from lowdim_diffusion.reporting import as_pictures, figures
 
 SIGMAS = np.geomspace(0.01, 80, 9)
 
@@ -85,6 +85,69 @@ def test_pictures_in_figures():
     fig = figures.trajectory_strip(states, SIGMAS[::-1], rows=2, columns=4)
     assert len(fig.axes) == 8 and fig.axes[0].get_title() == "σ = 80"
     figures.trajectory_strip(np.ones((3, 1, 48)), SIGMAS[:3])
+
+
+def test_edit_grid_shows_strengths_in_order_and_one_scale_of_change():
+    rng = np.random.default_rng(0)
+    before = rng.uniform(-0.5, 0.5, (3, 6, 8, 3))
+    edits = before[:, None] + 0.2 * rng.normal(size=(3, 4, 6, 8, 3))
+    strengths = [1.0, -2.0, 0.0, 0.5]
+    mask = np.zeros((6, 8), bool)
+    mask[1:3, 2:5] = True
+    fig = figures.edit_grid(before, edits, strengths, row_labels=["a", "b", "c"], mask=mask)
+    grid = np.array([axes for axes in fig.axes if axes.images][:18]).reshape(3, 6)
+    titles = [axes.get_title() for axes in grid[0]]
+    assert titles == ["before", "λ = −2", "0", "+0.5", "+1", "Δ at −2"]
+    assert [row[0].get_ylabel() for row in grid] == ["a", "b", "c"]
+    for i, row in enumerate(grid):
+        np.testing.assert_array_equal(row[0].images[0].get_array(), as_pictures(before)[i])
+        for axes, k in zip(row[1:5], (1, 2, 3, 0), strict=True):
+            np.testing.assert_array_equal(axes.images[0].get_array(), as_pictures(edits[:, k])[i])
+        (drawn,) = row[5].images
+        change = edits[i, 1] - before[i]
+        for y, x in np.ndindex(6, 8):
+            most = change[y, x][np.argmax(np.abs(change[y, x]))]
+            assert drawn.get_array()[y, x] == pytest.approx(most)
+        assert [bool(axes.collections) for axes in row] == [True] + 4 * [False] + [True]
+    limits = {tuple(row[5].images[0].get_clim()) for row in grid}
+    top = max(np.abs(row[5].images[0].get_array()).max() for row in grid)
+    assert limits == {(-top, top)}
+    assert fig.axes[-1].get_ylabel() == "after − before"
+    ends = np.concatenate([s for s in grid[0, 0].collections[0].get_segments()])
+    assert {tuple(p) for p in ends} == {(1.5, 0.5), (4.5, 0.5), (1.5, 2.5), (4.5, 2.5)}
+
+
+def test_edit_grid_takes_bytes_grays_and_a_single_picture(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (5, 5), dtype=np.uint8)
+    edits = np.stack([[x, 255 - x]] * 2)
+    fig = figures.edit_grid(x, edits, [0, 3], row_labels=["a", "b"])
+    change = fig.axes[3].images[0].get_array()
+    np.testing.assert_allclose(change, (255 - 2 * x.astype(float)) / 127.5, atol=1e-12)
+    fig.savefig(tmp_path / "a.png")
+    x, edits = x[..., None], edits[..., None]
+    fig = figures.edit_grid(x, edits, [0, 3], row_labels="ab", difference=False)
+    assert len(fig.axes) == 6
+    still = figures.edit_grid(x, x[None, None], [0], row_labels=["none"])
+    still.savefig(tmp_path / "a.png")
+    broken = np.where(np.eye(5)[..., None], np.nan, x / 255)
+    figures.edit_grid(x, broken[None, None], [1], row_labels=[""]).savefig(tmp_path / "a.png")
+
+
+def test_edit_grid_refuses_what_does_not_fit():
+    edits = np.zeros((2, 3, 4, 5, 1))
+    draw = lambda **change: figures.edit_grid(
+        **({"originals": np.zeros((2, 4, 5, 1)), "edits": edits, "strengths": [0, 1, 2],
+            "row_labels": ["a", "b"]} | change)
+    )  # fmt: skip
+    for change, message in (
+        ({"originals": np.zeros((3, 4, 5, 1))}, "shape of originals"),
+        ({"edits": np.zeros((2, 3))}, "shape of edits"),
+        ({"strengths": [0, 1]}, "number of strengths"),
+        ({"row_labels": ["a"]}, "number of row labels"),
+        ({"mask": np.ones((5, 4))}, "wrong shape of the mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(**change)
 
 
 def test_wrong_lengths_are_refused():

@@ -1,0 +1,176 @@
+"""``lowdim edit``: local edits of images by the singular vectors of a run's Jacobian."""
+
+import io
+import pathlib
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowdim_diffusion.cli.config import option
+from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+
+__all__ = ["EditArguments", "main"]
+
+
+@dataclass(frozen=True)
+class EditArguments:
+    """What ``lowdim edit`` is given."""
+
+    run: str = ""
+    """Run directory whose model edits (required)."""
+    out: str | None = None
+    """Directory for pictures, page, report and numbers; unset: RUN/edit."""
+    data: str | None = None
+    """Images to edit, of the size the run was trained on: any path that --data.path takes. Unset:
+    the run's own."""
+    images: tuple[int, ...] = (0, 1, 2, 3)
+    """Which of them, by number."""
+    box: tuple[int, ...] | None = None
+    """Region to edit: top, left, height, width in pixels. Unset: the middle half."""
+    mask: str | None = None
+    """Region to edit: a picture (white inside) or .npy, instead of --box."""
+    resize_mask: bool = False
+    """Bring a mask of another size to that of the images."""
+    directions: int = option(4, ge=1)
+    """How many directions per image."""
+    null_rank: int = option(5, ge=0)
+    """Leading directions of the rest of the image to keep clear of; 0 for none."""
+    sigma: float | None = option(gt=0)
+    """Noise level (sigma / alpha) at which to edit. Unset: three times the spread of the data."""
+    strength: float = option(0.5, gt=0)
+    """Longest step, in units of sqrt(n) sqrt(alpha^2 + sigma^2)."""
+    num_strengths: int = option(9, ge=3)
+    """Steps from -strength to +strength."""
+    steps: int = option(20, ge=1)
+    """Sampler steps between the noise level and the data, each way."""
+    seed: int = option(0, ge=0, lt=2**32)
+    """Starts the search for directions; draws the random ones."""
+    checkpoint: int | None = option(ge=0)
+    """Step of the checkpoint; unset takes the newest sound one."""
+    average: bool = True
+    """Edit with the moving average of the parameters; --no-average takes the last ones."""
+
+
+_EXAMPLES = """\
+lowdim edit --run runs/demo
+lowdim edit --run runs/faces --images 5 17 --box 8 6 6 20 --directions 6
+lowdim edit --run runs/faces --mask eyes.png --sigma 3 --strength 0.3 --out edits"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Edit and report; return the exit code."""
+    prog = "lowdim edit"
+    if wants_help(argv):
+        show_help(
+            f"{prog} --run DIR [--OPTION VALUE ...]",
+            "Edit a region of real images: carry them up to a noise level, step along singular\n"
+            "vectors of the denoiser's Jacobian, and sample. No text, no training.\n"
+            "Writes a picture per image, report.html, an interactive page and edits.npz.",
+            [],
+            EditArguments(),
+            "",
+            _EXAMPLES,
+        )
+    given = parse(EditArguments, argv, default=EditArguments(), prog=prog)
+    check_options(given)
+    if not given.run:
+        raise CommandError("--run is needed: the directory of a run (lowdim edit --run DIR)")
+    return run(given, argv)
+
+
+def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
+    """Edit and report; return the exit code."""
+    import numpy as np
+
+    from lowdim_diffusion.cli import build, editor
+    from lowdim_diffusion.cli.loading import load_run
+
+    begin = time.monotonic()
+    loaded = load_run(given.run, given.checkpoint)
+    config = loaded.model.config
+    dataset = build.dataset(replace(config.data, path=given.data or config.data.path))
+    shape = loaded.model.net.data_shape
+    if len(shape) != 3:
+        raise CommandError(f"{given.run}: its examples are vectors, and edits are of images")
+    if dataset.data_shape != shape:
+        have, want = ("x".join(map(str, s)) for s in (dataset.data_shape, shape))
+        raise CommandError(f"{dataset.name}: images of {have}, and the run was trained on {want}")
+    if not given.images or not all(0 <= i < dataset.num_examples for i in given.images):
+        raise CommandError(f"--images: expected numbers from 0 to {dataset.num_examples - 1}")
+    mask = _mask(given, shape)
+    index = np.asarray(given.images)
+    labels = dataset.labels[index] if loaded.model.net.num_classes else None
+    found = editor.edit(
+        loaded,
+        dataset.floats(index),
+        mask,
+        labels=labels,
+        averaged=given.average,
+        sigma=given.sigma,
+        num_directions=given.directions,
+        null_rank=given.null_rank,
+        strength=given.strength,
+        num_strengths=given.num_strengths,
+        num_steps=given.steps,
+        seed=given.seed,
+    )
+    print(
+        f"{len(index)} images, {given.directions} directions each at sigma {found.sigma:.3g}, in "
+        f"{time.monotonic() - begin:.1f} s"
+    )
+    change = editor.summary(found)
+    print(
+        f"round trip without an edit: rms {change.round_trip:.3g}\n"
+        f"change inside : outside the mask at strength {given.strength:g}: "
+        f"{change.inside:.3g} : {change.outside:.3g}, random directions {change.random_inside:.3g} "
+        f": {change.random_outside:.3g}"
+    )
+    out = pathlib.Path(given.out) if given.out else loaded.path / "edit"
+    out.mkdir(parents=True, exist_ok=True)
+    _write_numbers(out / "edits.npz", found, index)
+    names = [_name(dataset, i) for i in given.images]
+    command = " ".join(["lowdim edit", *map(shlex.quote, argv)])
+    for path in editor.report(out, found, names=names, command=command):
+        print(path)
+    return ExitCode.DONE
+
+
+def _mask(given: EditArguments, shape: tuple[int, ...]) -> Any:
+    from lowdim_diffusion.editing import masks
+
+    if given.mask is not None:
+        if given.box is not None:
+            raise CommandError("--mask and --box both name the region; give one")
+        try:
+            return masks.from_file(given.mask, shape, resize=given.resize_mask)
+        except ValueError as error:
+            raise CommandError(str(error).replace("pass resize=True", "--resize-mask")) from None
+    height, width = shape[:2]
+    box = given.box
+    if box is None:
+        box = (height // 4, width // 4, max(height // 2, 1), max(width // 2, 1))
+    if len(box) != 4:
+        raise CommandError(f"--box: expected top left height width, got {len(box)} numbers")
+    return masks.box(shape, *box)
+
+
+def _name(dataset: Any, i: int) -> str:
+    if dataset.labels is None:
+        return f"image {i}"
+    label = int(dataset.labels[i])
+    return f"image {i} ({dataset.class_names[label] if dataset.class_names else label})"
+
+
+def _write_numbers(path: pathlib.Path, found: Any, index: Any) -> None:
+    import numpy as np
+
+    from lowdim_diffusion._files import write_atomic
+
+    arrays = {k: v for k, v in found._asdict().items() if k != "directions"}
+    arrays |= {f"direction_{k}": v for k, v in found.directions._asdict().items()}
+    stored = io.BytesIO()
+    np.savez_compressed(stored, index=index, **arrays)
+    write_atomic(path, stored.getvalue())
