@@ -10,8 +10,8 @@ value does not retrace a compiled function, and one can ``vmap`` or differentiat
 
 References:
     Song et al. 2021, arXiv 2011.13456 (VP-SDE); Nichol & Dhariwal 2021, arXiv 2102.09672 (cosine);
-    Karras et al. 2022, arXiv 2206.00364 (EDM, the rho grid); Liu et al. 2023, arXiv 2209.03003
-    (rectified flow).
+    Ho et al. 2020, arXiv 2006.11239 (a table of steps); Karras et al. 2022, arXiv 2206.00364 (EDM,
+    the rho grid); Liu et al. 2023, arXiv 2209.03003 (rectified flow).
 """
 
 import math
@@ -20,15 +20,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lowdim_diffusion._checks import check_int, check_range
+from lowdim_diffusion._checks import check_choice, check_int, check_range, check_shape
 from lowdim_diffusion._types import Array, Float, Scalar, Schedule
 
 __all__ = [
+    "BETAS",
+    "Discrete",
     "RectifiedFlow",
     "VE",
     "VPCosine",
     "VPLinear",
+    "beta_table",
     "karras_grid",
     "log_snr_grid",
     "noise_levels",
@@ -246,6 +250,147 @@ class RectifiedFlow:
     def t_from_log_snr(self, log_snr: Any) -> Array:
         """``sigmoid(-log_snr / 2)``."""
         return jax.nn.sigmoid(-0.5 * _real(log_snr))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Discrete:
+    r"""Variance-preserving schedule known at the ``N`` steps of a table, as DDPM is trained.
+
+    ``t`` counts steps: ``t = 0`` is clean, ``t = k`` the k-th entry of the table (libraries that
+    number them from 0 call it timestep ``k - 1``). Between entries the log-SNR is linear in ``t``;
+    before the first, ``sigma / alpha`` is proportional to ``t``; beyond ``N`` the last slope goes
+    on. Values at entries, and times found from them, are exact in every precision.
+
+    .. math:: \log\mathrm{snr}(k) = \log\frac{\bar\alpha_k}{1-\bar\alpha_k}, \quad
+       \bar\alpha_k = \prod_{i \le k}(1-\beta_i), \quad \alpha^2 + \sigma^2 = 1.
+
+    Make one from betas: ``Discrete.from_betas(beta_table("linear"))``.
+
+    Args:
+        log_snrs: ``[N]`` falling log-SNRs, ``N >= 2``. Use float64 numpy arrays where you can: they
+            are cast to the dtype of ``t``.
+
+    Examples:
+        >>> s = Discrete.from_betas(beta_table("linear", 1000, 1e-4, 0.02))
+        >>> round(float(s.sigma(1)), 4), round(float(s.alpha(1000)), 4)
+        (0.01, 0.0064)
+        >>> float(s.t_from_log_snr(s.log_snr(250.0)))
+        250.0
+
+    References:
+        Ho et al. 2020, arXiv 2006.11239, eq. (4).
+    """
+
+    log_snrs: Any
+
+    @classmethod
+    def from_betas(cls, betas: Any) -> "Discrete":
+        """Return the schedule of noise rates ``betas: [N]`` in (0, 1), in float64.
+
+        Raises:
+            ValueError: for fewer than two, or values outside (0, 1).
+        """
+        betas = np.asarray(betas, np.float64)
+        check_shape("Discrete", "betas", betas, (None,))
+        check_int("Discrete", "number of betas", betas.size, 2)
+        fix = "a table that ends without signal cannot be inverted"
+        check_range("Discrete", "betas", betas, 0, 1, low_open=True, high_open=True, fix=fix)
+        log_power = np.cumsum(np.log1p(-betas))
+        return cls(log_power - np.log(-np.expm1(log_power)))
+
+    @property
+    def t_min(self) -> float:
+        """1, the first step."""
+        return 1.0
+
+    @property
+    def t_max(self) -> float:
+        """``N``, the last step."""
+        return float(np.shape(self.log_snrs)[-1])
+
+    def _ratio(self, t: Array) -> Array:
+        """``sigma / alpha``."""
+        first = jnp.asarray(self.log_snrs, t.dtype)[0]
+        inside = jnp.exp(-0.5 * self._inside(jnp.maximum(t, 1)))
+        return jnp.where(t < 1, t * jnp.exp(-0.5 * first), inside)
+
+    def _inside(self, t: Array) -> Array:
+        """Log-SNR for ``t >= 1``."""
+        table = jnp.asarray(self.log_snrs, t.dtype)
+        left = jnp.clip(jnp.floor(t), 1, table.shape[0] - 1)
+        weight, i = t - left, left.astype(int)
+        return (1 - weight) * table[i - 1] + weight * table[i]
+
+    def alpha(self, t: Any) -> Array:
+        """Signal scale."""
+        return jax.lax.rsqrt(1 + self._ratio(_real(t)) ** 2)
+
+    def sigma(self, t: Any) -> Array:
+        """Noise standard deviation."""
+        ratio = self._ratio(_real(t))
+        return ratio * jax.lax.rsqrt(1 + ratio**2)
+
+    def log_snr(self, t: Any) -> Array:
+        """``log(alpha^2 / sigma^2)``, linear between the steps."""
+        t = _real(t)
+        first = jnp.asarray(self.log_snrs, t.dtype)[0]
+        early = first - 2 * jnp.log(jnp.where(t < 1, t, 1))
+        return jnp.where(t < 1, early, self._inside(jnp.maximum(t, 1)))
+
+    def t_from_log_snr(self, log_snr: Any) -> Array:
+        """Exact inverse: the step, in general fractional, with this log-SNR."""
+        log_snr = _real(log_snr)
+        table = jnp.asarray(self.log_snrs, log_snr.dtype)
+        i = jnp.searchsorted(-table, -log_snr, side="right")
+        i = jnp.clip(i, 1, table.shape[0] - 1)
+        weight = (table[i - 1] - log_snr) / (table[i - 1] - table[i])
+        is_early = log_snr > table[0]
+        early = jnp.exp(0.5 * (table[0] - jnp.where(is_early, log_snr, table[0])))
+        return jnp.where(is_early, early, i + weight)
+
+
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""Kinds of tables of noise rates, by the names that diffusers gives them."""
+
+
+def beta_table(
+    kind: str = "linear", num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    r"""Return the noise rates ``beta_1 .. beta_N`` of a kind, ``[num_steps]`` in float64.
+
+    =====================  =====================================================================
+    kind                   beta
+    =====================  =====================================================================
+    ``linear``             evenly spaced from ``beta_start`` to ``beta_end``
+    ``scaled_linear``      the square of evenly spaced square roots
+    ``sigmoid``            ``beta_start + (beta_end - beta_start) sigmoid(u)``, u from -6 to 6
+    ``squaredcos_cap_v2``  ``min(1 - f(k / N) / f((k - 1) / N), 0.999)`` with
+                           ``f(u) = cos^2(pi / 2 (u + 0.008) / 1.008)``; the ends are not used
+    =====================  =====================================================================
+
+    Examples:
+        >>> beta_table("linear", 3, 0.1, 0.3).round(3).tolist()
+        [0.1, 0.2, 0.3]
+
+    References:
+        Ho et al. 2020, arXiv 2006.11239 (linear); Nichol & Dhariwal 2021, arXiv 2102.09672, eq.
+        (17) (cosine).
+    """
+    check_choice("beta_table", "kind", kind, BETAS)
+    check_int("beta_table", "num_steps", num_steps, 2)
+    match kind:
+        case "linear":
+            return np.linspace(beta_start, beta_end, num_steps)
+        case "scaled_linear":
+            return np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
+        case "sigmoid":
+            rise = 1 / (1 + np.exp(-np.linspace(-6, 6, num_steps)))
+            return beta_start + (beta_end - beta_start) * rise
+        case _:
+            u = np.arange(num_steps + 1) / num_steps
+            f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+            return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
 def rates(schedule: Schedule, t: Any) -> tuple[Array, Array]:

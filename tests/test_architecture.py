@@ -37,6 +37,7 @@ HEAVY = {
     "tyro": {"cli"},
     "cattrs": {"cli"},
     "rich": {"cli", "training/progress.py"},
+    "safetensors": {"networks"},
     "scipy": {"data", "subspaces"},
     "sklearn": {"subspaces"},
     "tensorboardX": {"cli", "training"},

@@ -1,5 +1,7 @@
 """Schedules against the papers' formulas in float64, inverses, grids, no retracing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ SCHEDULES = {
     "vp-cosine": schedules.VPCosine(),
     "ve": schedules.VE(),
     "rectified-flow": schedules.RectifiedFlow(),
+    "discrete": schedules.Discrete.from_betas(schedules.beta_table("linear")),
 }
 each = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
@@ -63,7 +66,7 @@ def test_float32_agrees_with_float64(schedule):
         np.testing.assert_allclose(low, high, rtol=3e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vp-linear", "vp-cosine"])
+@pytest.mark.parametrize("name", ["vp-linear", "vp-cosine", "discrete"])
 def test_variance_preserving(name, x64):
     schedule = SCHEDULES[name]
     t = inner_times(schedule)
@@ -116,7 +119,7 @@ def test_new_parameter_does_not_retrace():
 def test_gradient_with_respect_to_the_schedule(schedule):
     """The gradient is a schedule-shaped tree of any sign; making it must not be refused."""
     slope = jax.grad(lambda s: -s.sigma(0.3) - s.alpha(0.3))(schedule)
-    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(slope))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
 
 
 def test_vmap_over_schedules():
@@ -124,6 +127,72 @@ def test_vmap_over_schedules():
     out = jax.vmap(lambda s: s.sigma(0.5))(many)
     expected = [schedules.VPLinear(0.1, 20.0).sigma(0.5), schedules.VPLinear(0.2, 10.0).sigma(0.5)]
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+# --- tables of steps ----------------------------------------------------------------------------
+
+EVERY_KIND = pytest.mark.parametrize("kind", schedules.BETAS)
+
+
+def kept_power(kind, steps, first=1e-4, last=0.02):
+    """Signal power after each step, a loop over the definitions in Python floats."""
+    power, found = 1.0, []
+    for k in range(steps):
+        u = k / (steps - 1)
+        if kind == "linear":
+            beta = first + u * (last - first)
+        elif kind == "scaled_linear":
+            beta = (first**0.5 + u * (last**0.5 - first**0.5)) ** 2
+        elif kind == "sigmoid":
+            beta = first + (last - first) / (1 + math.exp(6 - 12 * u))
+        else:
+            f = lambda v: math.cos((v + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = min(1 - f((k + 1) / steps) / f(k / steps), 0.999)
+        power *= 1 - beta
+        found.append(power)
+    return np.array(found)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("steps", [2, 50, 1000])
+def test_discrete_has_the_powers_of_its_table(kind, steps, x64):
+    s = schedules.Discrete.from_betas(schedules.beta_table(kind, steps))
+    power = kept_power(kind, steps)
+    t = np.arange(1.0, steps + 1)
+    np.testing.assert_allclose(s.alpha(t) ** 2, power, rtol=1e-9)
+    np.testing.assert_allclose(s.sigma(t) ** 2, 1 - power, rtol=1e-9)
+    assert (s.t_min, s.t_max) == (1.0, float(steps))
+
+
+@EVERY_KIND
+def test_discrete_is_exact_at_its_steps_in_float32(kind):
+    s = schedules.Discrete.from_betas(schedules.beta_table(kind))
+    t = jnp.arange(1, 1001, dtype=jnp.float32)
+    log_snr = jax.jit(s.log_snr)(t)
+    np.testing.assert_array_equal(log_snr, s.log_snrs.astype(np.float32))
+    np.testing.assert_array_equal(jax.jit(s.t_from_log_snr)(log_snr), t)
+
+
+def test_discrete_between_and_outside_its_steps(x64):
+    s = schedules.Discrete.from_betas([0.1, 0.2, 0.3])
+    table = s.log_snrs
+    assert float(s.log_snr(2.25)) == pytest.approx(0.75 * table[1] + 0.25 * table[2])
+    assert float(s.log_snr(4.0)) == pytest.approx(2 * table[2] - table[1])
+    ratios = schedules.noise_levels(s, np.array([0.0, 0.25, 1.0]))
+    np.testing.assert_allclose(ratios, (1 / 9) ** 0.5 * np.array([0, 0.25, 1]), rtol=1e-12)
+    assert (float(s.alpha(0)), float(s.sigma(0)), float(s.log_snr(0))) == (1.0, 0.0, np.inf)
+    t = np.linspace(0.01, 5, 200)
+    np.testing.assert_allclose(s.t_from_log_snr(s.log_snr(t)), t, rtol=1e-12)
+    assert all(np.isfinite(rate) for rate in schedules.rates(s, 0.0))
+
+
+def test_discrete_under_jit_vmap_and_grad():
+    one = schedules.Discrete.from_betas(schedules.beta_table("linear", 9, 0.01, 0.1))
+    many = schedules.Discrete(jnp.stack([one.log_snrs, 2 * one.log_snrs]))
+    out = jax.jit(jax.vmap(lambda s, t: s.t_from_log_snr(s.log_snr(t)), (0, None)))(many, 3.5)
+    np.testing.assert_allclose(out, 3.5, rtol=1e-6)
+    slope = jax.grad(lambda s: s.log_snr(2.25))(schedules.Discrete(jnp.asarray(one.log_snrs)))
+    np.testing.assert_allclose(slope.log_snrs, [0, 0.75, 0.25, 0, 0, 0, 0, 0, 0], atol=1e-6)
 
 
 def test_karras_grid_published_values():
@@ -168,6 +237,11 @@ def test_vp_linear_inverse_for_any_betas(beta_min, extra, log_snr):
         (lambda: schedules.VE(sigma_min=0.0), "sigma_min out of range"),
         (lambda: schedules.VE(sigma_min=2.0, sigma_max=1.0), "sigma_max out of range"),
         (lambda: schedules.VPCosine(s=0.0), "s out of range"),
+        (lambda: schedules.Discrete.from_betas([0.1, 1.0]), "betas out of range.*cannot be inv"),
+        (lambda: schedules.Discrete.from_betas([0.1]), "number of betas too small"),
+        (lambda: schedules.Discrete.from_betas([[0.1, 0.2]]), "wrong shape of betas"),
+        (lambda: schedules.beta_table("laplace"), "unknown kind: expected one of 'linear'"),
+        (lambda: schedules.beta_table("linear", 1), "num_steps too small"),
         (lambda: schedules.karras_grid(0), "num_steps too small: expected at least 1, got 0"),
         (lambda: schedules.karras_grid(4, 1.0, 0.5), "sigma_max out of range"),
     ],

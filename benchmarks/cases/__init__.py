@@ -1,10 +1,10 @@
 """The cases, by name."""
 
-from benchmarks.cases import denoisers, devices, samplers, startup, sweeps, training
+from benchmarks.cases import denoisers, devices, jacobians, samplers, startup, sweeps, training
 from benchmarks.harness import Case
 
 CASES: dict[str, Case] = {
     case.name: case
-    for module in (startup, denoisers, samplers, training, sweeps, devices)
+    for module in (startup, denoisers, samplers, training, sweeps, jacobians, devices)
     for case in module.CASES
 }

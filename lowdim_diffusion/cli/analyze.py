@@ -21,9 +21,10 @@ class AnalyzeArguments:
     """What ``lowdim analyze`` is given."""
 
     run: str = ""
-    """Run directory to measure (required); the report goes there."""
+    """Run directory to measure, or a pretrained network: a folder of diffusers, or a .safetensors
+    file of EDM (required); the report goes there."""
     data: str | None = None
-    """Where the training data are now, if they have moved."""
+    """Where the training data are now, if they have moved; needed for a pretrained network."""
     seed: int = option(0, ge=0, lt=2**32)
     """Seed of the samples."""
     num_samples: int = option(64, ge=1)
@@ -69,9 +70,13 @@ def run(given: AnalyzeArguments) -> int:
     begin = time.monotonic()
     loaded = load_run(given.run)
     config = loaded.model.config.data
+    if loaded.pretrained and given.data is None:
+        raise CommandError(
+            "--data is needed: images to compare a pretrained network's samples with"
+        )
     dataset = build.dataset(replace(config, path=given.data or config.path))
     notes = []
-    if dataset.sha256 != loaded.data_sha256:
+    if loaded.data_sha256 and dataset.sha256 != loaded.data_sha256:
         notes.append("The data found now are not those that the run was trained on.")
         print(f"warning: {dataset.source or dataset.name} is not the data of this run")
     measured = analysis.analyze(
@@ -170,7 +175,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             spectrum.asymmetry,
         ),
         angles={name: value.tolist() for name, value in measured.angles.items()},
-        config=toml.dumps(config),
+        config="" if loaded.pretrained else toml.dumps(config),
         versions=_versions(loaded.path),
         next_commands=[
             ("More samples", f"lowdim sample --run {where} --num-samples 256"),

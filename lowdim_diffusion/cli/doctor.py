@@ -44,11 +44,13 @@ EXTRAS = {
     "plots": {"matplotlib": "3.10", "pillow": "12"},
     "data": {"pillow": "12", "scipy": "1.15"},
     "tensorboard": {"tensorboardX": "2.6.5"},
+    "pretrained": {"safetensors": "0.8"},
 }
 _FOR = {
     "plots": "figures and reports",
     "data": "folders of images, .mat files",
     "tensorboard": "--train.tensorboard",
+    "pretrained": "networks of diffusers and EDM",
 }
 _PYTHON = (3, 11)
 

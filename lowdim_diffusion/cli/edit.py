@@ -20,7 +20,8 @@ class EditArguments:
     """What ``lowdim edit`` is given."""
 
     run: str = ""
-    """Run directory whose model edits (required)."""
+    """Run directory whose model edits, or a pretrained network: a folder of diffusers, or a
+    .safetensors file of EDM (required)."""
     out: str | None = None
     """Directory for pictures, page, report and numbers; unset: RUN/edit."""
     data: str | None = None
@@ -39,7 +40,8 @@ class EditArguments:
     null_rank: int = option(5, ge=0)
     """Leading directions of the rest of the image to keep clear of; 0 for none."""
     sigma: float | None = option(gt=0)
-    """Noise level (sigma / alpha) at which to edit. Unset: three times the spread of the data."""
+    """Noise level (sigma / alpha) at which to edit. Unset: 1.5 times the spread of the data, and 3
+    for a pretrained network."""
     strength: float = option(0.5, gt=0)
     """Longest step, in units of sqrt(n) sqrt(alpha^2 + sigma^2)."""
     num_strengths: int = option(9, ge=3)
@@ -91,6 +93,8 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     begin = time.monotonic()
     loaded = load_run(given.run, given.checkpoint)
     config = loaded.model.config
+    if loaded.pretrained and given.data is None:
+        raise CommandError("--data is needed: the images that a pretrained network is to edit")
     dataset = build.dataset(replace(config.data, path=given.data or config.data.path))
     shape = loaded.model.net.data_shape
     if len(shape) != 3:
@@ -102,7 +106,9 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
         raise CommandError(f"--images: expected numbers from 0 to {dataset.num_examples - 1}")
     mask = _mask(given, shape)
     index = np.asarray(given.images)
-    labels = dataset.labels[index] if loaded.model.net.num_classes else None
+    labels = None
+    if loaded.model.net.num_classes and dataset.labels is not None:
+        labels = dataset.labels[index]
     found = editor.edit(
         loaded,
         dataset.floats(index),

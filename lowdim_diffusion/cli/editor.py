@@ -73,7 +73,8 @@ def edit(
         mask: ``[*data]``, the region.
         labels: ``[b]`` for a run trained with labels.
         averaged: use the moving average of the parameters.
-        sigma: noise level of the edit; None for three times the standard deviation of the data.
+        sigma: noise level of the edit; None for 1.5 standard deviations of the data, and 3 for a
+            pretrained network, whose images are larger.
         num_directions: per image.
         null_rank: see :func:`lowdim_diffusion.editing.find_directions`.
         strength: longest step, see :func:`lowdim_diffusion.editing.edit`.
@@ -84,7 +85,8 @@ def edit(
     model = loaded.model
     schedule = model.schedule
     params = loaded.averaged if averaged else loaded.params
-    sigma = 3 * (model.config.loss.data_std or 1.0) if sigma is None else sigma
+    if sigma is None:
+        sigma = 3.0 if loaded.pretrained else 1.5 * (model.config.loss.data_std or 1.0)
     low, high = (
         float(schedules.noise_levels(schedule, t)) for t in (schedule.t_min, schedule.t_max)
     )

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from lowdim_diffusion import networks
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build, toml
+from lowdim_diffusion.cli.config import DataConfig, LossConfig, RunConfig
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.networks.pretrained import PICKLED
 from lowdim_diffusion.training import checkpoint
 
 __all__ = ["LoadedRun", "load_run"]
@@ -25,14 +27,17 @@ class LoadedRun(NamedTuple):
     averaged: Params
     """The moving average; ``params`` where there is none."""
     data_sha256: str
-    """Of the examples trained on."""
+    """Of the examples trained on; empty if they are not known."""
+    pretrained: bool = False
+    """Whether it is somebody's released network rather than a run."""
 
 
 def load_run(path: str, step: int | None = None) -> LoadedRun:
     """Return a run with a sound checkpoint; reads only, also beside a running training.
 
     Args:
-        path: run directory.
+        path: run directory, or a pretrained network: a diffusers folder, or a ``.safetensors`` file
+            of an EDM release. What is written goes into the folder, or one named after the file.
         step: which checkpoint; the newest sound one if None.
 
     Raises:
@@ -40,8 +45,13 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
         NoUsableCheckpointError: if all checkpoints are damaged.
     """
     root = pathlib.Path(path)
+    if root.suffix in (".safetensors", *PICKLED) and not root.is_dir():
+        return _pretrained(root.with_suffix(""), networks.from_edm(root))
     if not root.is_dir():
         raise CommandError(f"no run directory {root}")
+    released = any((root / name).is_file() for name in ("model_index.json", "config.json"))
+    if released and not (root / "config.toml").is_file():
+        return _pretrained(root, networks.from_diffusers(root))
     if not (root / "config.toml").is_file():
         raise CommandError(f"{root} is not a run: it has no config.toml ('lowdim train' makes one)")
     steps = checkpoint.all_steps(root / "checkpoints")
@@ -63,3 +73,14 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     params, averages = state["params"], state.get("ema", {})
     data = found.meta["fixed"]["data_sha256"]
     return LoadedRun(root, model, found.step, params, averages.get("0", params), data)
+
+
+def _pretrained(out: pathlib.Path, found: networks.Pretrained) -> LoadedRun:
+    height, _, channels = found.net.data_shape
+    config = RunConfig(
+        out=str(out),
+        data=DataConfig(path="", size=height, channels=1 if channels == 1 else 3),
+        loss=LossConfig(parametrization=found.parametrization, data_std=found.data_std),
+    )
+    model = build.Model(config, found.net, found.schedule)
+    return LoadedRun(out, model, 0, found.params, found.params, "", True)

@@ -25,7 +25,8 @@ class SampleArguments:
     """What ``lowdim sample`` is given; unset options are as in the run's own [sample] section."""
 
     run: str = ""
-    """Run directory to sample from (required)."""
+    """Run directory to sample from, or a pretrained network: a folder of diffusers, or a
+    .safetensors file of EDM (required)."""
     out: str | None = None
     """File for the samples, .npz; pictures also go to a .png beside it. Unset: into the run."""
     seed: int = option(0, ge=0, lt=2**32)
@@ -104,7 +105,7 @@ def run(given: SampleArguments) -> int:
     spent = time.monotonic() - begin
     name = f"step{loaded.step}-{config.solver}-{config.num_steps}-seed{given.seed}"
     name += "" if given.label is None else f"-label{given.label}"
-    stem = pathlib.Path(given.run) / "samples" / name
+    stem = loaded.path / "samples" / name
     if given.out is not None:
         stem = pathlib.Path(given.out)
         stem = stem.with_suffix("") if stem.suffix in (".npz", ".png") else stem

@@ -1,17 +1,20 @@
 """Networks behind a pure pair ``init(key) -> params``, ``apply(params, x, c_noise, cond) -> out``.
 
-===========  =============================================================  ==============
-name         what                                                           data
-===========  =============================================================  ==============
-``lowrank``  the low-rank denoising autoencoder of the theory               any
-``linear``   an affine map                                                  any
-``mlp``      a residual MLP                                                 any, flattened
-``unet``     a U-Net of the DDPM++ / EDM family                             images, NHWC
-``dit``      a diffusion transformer                                        images, NHWC
-===========  =============================================================  ==============
+==================  ======================================================  ==============
+name                what                                                    data
+==================  ======================================================  ==============
+``lowrank``         the low-rank denoising autoencoder of the theory        any
+``linear``          an affine map                                           any
+``mlp``             a residual MLP                                          any, flattened
+``unet``            a U-Net of the DDPM++ / EDM family                      images, NHWC
+``dit``             a diffusion transformer                                 images, NHWC
+``diffusers_unet``  the U-Net of Hugging Face diffusers (DDPM, NCSN++)      images, NHWC
+``song_unet``       the U-Net of the EDM releases (DDPM++, NCSN++)          images, NHWC
+==================  ======================================================  ==============
 
 ``c_noise = log(sigma / alpha) / 4`` (Karras et al. 2022, arXiv 2206.00364). A flax module of your
-own joins by :func:`from_linen` or :func:`from_nnx`. Parameters are plain trees of float32 arrays,
+own joins by :func:`from_linen` or :func:`from_nnx`, a released checkpoint by :func:`from_diffusers`
+or :func:`from_edm`. Parameters are plain trees of float32 arrays,
 and no module class is part of the contract; flax is imported when a network that needs it is made.
 """
 
@@ -23,10 +26,21 @@ from typing import Any
 from lowdim_diffusion._checks import fail
 from lowdim_diffusion.networks._network import Network
 from lowdim_diffusion.networks.adapters import from_linen, from_nnx
+from lowdim_diffusion.networks.pretrained import Pretrained, from_diffusers, from_edm
 
-__all__ = ["NAMES", "Network", "from_linen", "from_nnx", "make", "options"]
+__all__ = [
+    "NAMES",
+    "Network",
+    "Pretrained",
+    "from_diffusers",
+    "from_edm",
+    "from_linen",
+    "from_nnx",
+    "make",
+    "options",
+]
 
-NAMES = ("dit", "linear", "lowrank", "mlp", "unet")
+NAMES = ("diffusers_unet", "dit", "linear", "lowrank", "mlp", "song_unet", "unet")
 
 
 def make(name: str, **config: Any) -> Network:

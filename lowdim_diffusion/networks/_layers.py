@@ -3,6 +3,7 @@ r"""Layers that the networks share. They compute in the dtype of their input; su
 The names of the parameters say how they start (see ``_module``).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -53,17 +54,45 @@ class Conv(nn.Module):
         return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 
+class DownConv(nn.Module):
+    """3x3 convolution at every second pixel of NHWC images with even sides, half as large.
+
+    ``before`` rows of zeros come above and left of the image, and one below and right: 1 centres
+    the kernel on the even pixels, 0 on the odd ones.
+    """
+
+    features: int
+    before: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        _, height, width, channels = x.shape
+        kernel = self.param("kernel", _SHAPE_ONLY, (3, 3, channels, self.features))
+        bias = self.param("bias", _SHAPE_ONLY, (self.features,))
+        # One matrix product: all its derivatives are such too, and fast inside `scan` (see _conv).
+        x = jnp.pad(x, ((0, 0), (self.before, 1), (self.before, 1), (0, 0)))
+        rows, columns = 2 * (height // 2) - 1, 2 * (width // 2) - 1
+        seen = [x[:, r : r + rows : 2, c : c + columns : 2] for r in range(3) for c in range(3)]
+        flat = kernel.astype(x.dtype).reshape(-1, self.features)
+        y = jnp.einsum("bhwi,io->bhwo", jnp.concatenate(seen, -1), flat)
+        return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+
+
 class GroupNorm(nn.Module):
-    """Group normalisation, ``min(32, channels / 4)`` groups or the nearest smaller divisor."""
+    """Group normalisation, ``min(32, channels / 4)`` groups or the nearest smaller divisor.
+
+    ``num_groups`` sets another number, which must divide the channels.
+    """
 
     eps: float = 1e-5
+    num_groups: int | None = None
 
     @nn.compact
     def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
         channels = x.shape[-1]
         scale = self.param("scale", _SHAPE_ONLY, (channels,))
         bias = self.param("bias", _SHAPE_ONLY, (channels,))
-        groups = largest_divisor(channels, min(32, channels // 4))
+        groups = self.num_groups or largest_divisor(channels, min(32, channels // 4))
         return group_norm(x, scale, bias, groups, film=film, eps=self.eps)
 
 
@@ -145,6 +174,81 @@ def sinusoids(values: Array, dim: int, low: float, high: float) -> Array:
     frequencies = np.geomspace(low, high, half).astype(values.dtype)
     angles = values[..., None] * jnp.expand_dims(frequencies, tuple(range(values.ndim)))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Fourier(nn.Module):
+    """``[b, 2 num]``: sines and cosines of ``values`` at fixed random frequencies."""
+
+    num: int
+
+    @nn.compact
+    def __call__(self, values: Array) -> Array:
+        frequencies = self.param("frequencies", _SHAPE_ONLY, (self.num,))
+        fixed = jax.lax.stop_gradient(frequencies).astype(values.dtype)
+        angles = values[:, None] * fixed[None] * (2 * np.pi)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Rows(nn.Module):
+    """``[b, width]``: one trained row per label; the label ``num`` has the zero row."""
+
+    num: int
+    width: int
+
+    @nn.compact
+    def __call__(self, labels: Array, dtype: Any) -> Array:
+        table = self.param("table", _SHAPE_ONLY, (self.num, self.width))
+        return jax.nn.one_hot(labels, self.num, dtype=dtype) @ table.astype(dtype)
+
+
+def downsample(x: Array, taps: tuple[float, ...] = (1, 1), pad: int | None = None) -> Array:
+    """Return every second pixel of images that are smoothed along both sides by ``taps``.
+
+    Args:
+        x: ``[b, h, w, c]``.
+        taps: filter of even length, here divided by its sum; ``(1, 1)`` is the 2x2 mean.
+        pad: rows of zeros around the image; None keeps the filter centred, so that even sides are
+            halved.
+    """
+    pad = (len(taps) - 1) // 2 if pad is None else pad
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    weights = [tap / sum(taps) for tap in taps]
+    for axis in (1, 2):
+        size = (x.shape[axis] - len(taps)) // 2 + 1
+        x = _weighted(x, axis, weights, range(len(taps)), size, 2)
+    return x
+
+
+def upsample(x: Array, taps: tuple[float, ...] = (1, 1)) -> Array:
+    """Return images of twice the size: four times the transpose of ``downsample``.
+
+    Args:
+        x: ``[b, h, w, c]``.
+        taps: filter of even length; ``(1, 1)`` repeats every pixel.
+    """
+    weights = [2 * tap / sum(taps) for tap in taps]
+    centre = (len(taps) - 1) // 2
+    for axis in (1, 2):
+        size = x.shape[axis]
+        padding = [(0, 0)] * 4
+        padding[axis] = (centre, centre)
+        padded = jnp.pad(x, padding)
+        phases = []
+        for phase in (0, 1):  # pixel 2 m + phase sees the pixels m + (phase + centre - k) / 2
+            used = range((phase + centre) % 2, len(taps), 2)
+            starts = [centre + (phase + centre - k) // 2 for k in used]
+            phases.append(_weighted(padded, axis, [weights[k] for k in used], starts, size))
+        shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+        x = jnp.stack(phases, axis + 1).reshape(shape)
+    return x
+
+
+def _weighted(x: Array, axis: int, weights: Any, starts: Any, size: int, stride: int = 1) -> Array:
+    """Return ``sum_k weights[k] x[starts[k] + stride i]`` for ``i < size``."""
+    last = stride * (size - 1) + 1
+    pick = lambda start: jax.lax.slice_in_dim(x, start, start + last, stride, axis)
+    terms = [weight * pick(start) for weight, start in zip(weights, starts, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
 class Embedding(nn.Module):

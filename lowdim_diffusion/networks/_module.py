@@ -3,13 +3,14 @@
 Compiling ``module.init`` of a small U-Net takes over ten seconds. Here the module is only traced
 for the shapes of its parameters, and the *name* of a leaf says how it starts:
 
-==============  ====================================================================
-``kernel``      normal with variance 1 / fan-in (the product of all axes but the last)
-``zero_kernel`` zeros: the last layer of a branch, which so starts silent
-``table``       standard normal: one row per class
-``scale``       ones
-``bias``        zeros
-==============  ====================================================================
+===============  ====================================================================
+``kernel``       normal with variance 1 / fan-in (the product of all axes but the last)
+``zero_kernel``  zeros: the last layer of a branch, which so starts silent
+``table``        standard normal: one row per class
+``frequencies``  normal with standard deviation 16, as in NCSN++
+``scale``        ones
+``bias``         zeros
+===============  ====================================================================
 
 The key of a leaf is the network's key folded with a checksum of the leaf's path, so a leaf starts
 the same whatever else the network has. All leaves are cut from one drawing of rows of fixed length,
@@ -32,6 +33,7 @@ from lowdim_diffusion.networks._network import Network, check_key, checked
 
 _ROW = 256
 _CONSTANTS = {"zero_kernel": 0.0, "bias": 0.0, "scale": 1.0}
+_STDS = {"table": 1.0, "frequencies": 16.0}
 
 
 def from_module(name: str, module: Any, config: Any) -> Network:
@@ -71,7 +73,7 @@ def _initializer(
     kinds = [path.rsplit("/", 1)[-1] for path in paths]
     both = list(zip(kinds, shapes, strict=True))
     sizes = [0 if kind in _CONSTANTS else math.prod(shape) for kind, shape in both]
-    stds = [1.0 if kind == "table" else math.prod(shape[:-1]) ** -0.5 for kind, shape in both]
+    stds = [_STDS.get(kind, math.prod(shape[:-1]) ** -0.5) for kind, shape in both]
     checksums = [zlib.crc32(path.encode()) for path in paths]
     num_rows = [-(-size // _ROW) for size in sizes]
     leaf_of_row = np.repeat(np.array(checksums, np.uint32), num_rows)

@@ -1,5 +1,8 @@
 """``lowdim edit`` on a small run of images."""
 
+import pathlib
+import shutil
+
 import numpy as np
 import pytest
 
@@ -97,3 +100,23 @@ def test_vectors_have_no_region(tmp_path, capsys):
     assert main([*argv, str(out)]) == 0
     assert edit(out) == 2
     assert "edits are of images" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pretrained_networks_are_sampled_and_edited(tmp_path, capsys):
+    """A folder of diffusers and a file of EDM in the place of a run."""
+    source = pathlib.Path(__file__).resolve().parents[1] / "networks" / "fixtures"
+    folder, file = tmp_path / "ddpm", tmp_path / "edm.safetensors"
+    shutil.copytree(source / "ddpm-tiny", folder)
+    shutil.copy(source / "edm-ddpmpp-tiny" / "model.safetensors", file)
+    for path, out in ((folder, folder), (file, tmp_path / "edm")):
+        assert main(["sample", "--run", str(path), "--num-samples", "2", "--steps", "2"]) == 0
+        assert np.load(out / "samples" / "step0-heun-2-seed0.npz")["x"].shape[0] == 2
+    capsys.readouterr()
+    assert edit(folder) == 2
+    assert "--data is needed" in capsys.readouterr().err
+    argv = "--data digits --images 1 --directions 1 --null-rank 1".split()
+    assert edit(folder, *argv) == 0
+    assert (folder / "edit" / "report.html").is_file()
+    assert main(["sample", "--run", str(tmp_path / "net.pkl")]) == 2
+    assert "pickle" in capsys.readouterr().err

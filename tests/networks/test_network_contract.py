@@ -27,13 +27,39 @@ CONFIGS = {
         dropout=0.5,
         num_classes=3,
     ),
+    "diffusers_unet": dict(
+        data_shape=(4, 4, 2),
+        block_out_channels=(4, 4),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=2,
+        dropout=0.5,
+        num_classes=3,
+    ),
+    "song_unet": dict(
+        data_shape=(4, 4, 2),
+        channels=4,
+        channel_mult=(1,),
+        num_blocks=1,
+        attention=(),
+        dropout=0.5,
+        num_classes=3,
+    ),
 }
-EVERY = pytest.mark.parametrize("name", list(CONFIGS))
-SLOW_FOR_IMAGES = pytest.mark.parametrize(
-    "name",
-    [n if n not in ("unet", "dit") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
-)
-TRAINED = pytest.mark.parametrize("name", ["mlp", "unet", "dit"])
+RELEASED = ("diffusers_unet", "song_unet")  # whose quick tests are in test_pretrained.py
+IMAGES = ("unet", "dit", *RELEASED)
+
+
+def slow(names, which):
+    return [n if n not in which else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+EVERY = pytest.mark.parametrize("name", slow(CONFIGS, RELEASED))
+SLOW_FOR_IMAGES = pytest.mark.parametrize("name", slow(CONFIGS, IMAGES))
+TRAINED = pytest.mark.parametrize("name", slow(["mlp", *IMAGES], RELEASED))
 BATCH = 3
 
 
@@ -232,7 +258,7 @@ def test_sigma_zero_is_finite(name):
     chex.assert_tree_all_finite(jitted(name)(params, x, clean, labels(net)))
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "unet", "dit"])
+@pytest.mark.parametrize("name", slow(["linear", "mlp", *IMAGES], RELEASED))
 def test_output_starts_at_zero(name):
     net, _ = build(name)
     x, c_noise = inputs(net)

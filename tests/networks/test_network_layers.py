@@ -136,3 +136,54 @@ def test_unet_pads_symmetrically():
     a, b = apply(params, x, 0.1), apply(mirrored, x[:, :, ::-1], 0.1)
     np.testing.assert_allclose(a[:, :, ::-1], b, atol=2e-5)
     assert float(jnp.abs(a - b).max()) > 1e-2
+
+
+# --- layers of the released U-Nets ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("size", [(4, 6), (2, 8)])
+def test_down_conv_is_a_strided_convolution(before, size):
+    x, params = normal(0, 2, *size, 3), {"kernel": normal(1, 3, 3, 3, 5), "bias": normal(2, 5)}
+    got = layers.DownConv(5, before).apply({"params": params}, x)
+    padding = ((before, 1), (before, 1))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(
+        x, params["kernel"], (2, 2), padding, dimension_numbers=dimensions
+    )
+    assert got.shape == (2, size[0] // 2, size[1] // 2, 5)
+    np.testing.assert_allclose(got, expected + params["bias"][None, None, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 4, 2, 3)])
+def test_resampling_is_a_filter_and_its_transpose(taps):
+    x = normal(0, 2, 6, 8, 3)
+    weights = np.outer(taps, taps) / sum(taps) ** 2
+    kernel = np.broadcast_to(weights[:, :, None, None], (*weights.shape, 1, 3)).astype(np.float32)
+    pad = (len(taps) - 1) // 2
+    filtered = lambda y: jax.lax.conv_general_dilated(
+        y,
+        kernel,
+        (2, 2),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+    )
+    small, pull = jax.vjp(filtered, x)
+    np.testing.assert_allclose(layers.downsample(x, taps), small, atol=1e-6)
+    np.testing.assert_allclose(layers.upsample(small, taps), 4 * pull(small)[0], atol=1e-5)
+
+
+def test_plain_resampling_averages_and_repeats():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(layers.downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+    once = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
+    np.testing.assert_array_equal(layers.upsample(x), once)
+
+
+def test_number_of_groups_can_be_set():
+    x, params = 2 + normal(0, 2, 3, 3, 6), {"scale": jnp.ones(6), "bias": jnp.zeros(6)}
+    got = layers.GroupNorm(1e-6, 3).apply({"params": params}, x)
+    grouped = np.asarray(got).reshape(2, 9, 3, 2)
+    np.testing.assert_allclose(grouped.mean((1, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(grouped.std((1, 3)), 1, atol=1e-4)
