@@ -68,3 +68,28 @@ def test_subspace_clustering_writes_its_results(tmp_path):
     assert len(rows) == 1 + 4 * 9 and (tmp_path / "report.html").exists()
     solved = [row for row in rows if row.startswith('"union') and "K-subspaces,1.0" in row]
     assert len(solved) == 3
+
+
+@pytest.mark.slow
+def test_generalization_depends_on_samples_per_dimension():
+    """Check 5 at small size: copies at N_k = 2 d, new samples at 15 d, whatever d is."""
+    preset = phase_transition.PRESETS["cpu"]._replace(
+        ratios=(2, 15), network_steps=1000, width=128, num_samples=300
+    )
+    fn = functools.partial(phase_transition.generalization, preset=preset)
+    grid = {"rank": (3, 6), "ratio": preset.ratios, "seed": (0,)}
+    found = training.sweep(fn, grid, batch_size=1).values
+    score, memorized = found["gl"][..., 0], found["memorized"][..., 0]
+    assert (score[:, 0] < 0.5).all() and (score[:, 1] > 0.85).all()
+    assert (np.abs(score[0] - score[1]) < 0.12).all()
+    assert (memorized[:, 0] > 0.3).all() and (memorized[:, 1] < 0.1).all()
+
+
+@pytest.mark.slow
+def test_semantic_editing_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.semantic_editing", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    header, *rows = (tmp_path / "edits.csv").read_text().splitlines()
+    assert len(rows) == 1 and "additivity_error" in header
+    assert (tmp_path / "report.html").exists() and (tmp_path / "digits_atlas.npz").exists()

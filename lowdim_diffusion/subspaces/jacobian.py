@@ -39,7 +39,11 @@ class JacobianInfo(NamedTuple):
 
 
 def _linearize(
-    where: str, fn: Callable[[Array], Array], x: Array, mask: Any = None
+    where: str,
+    fn: Callable[[Array], Array],
+    x: Array,
+    mask: Any = None,
+    chunk: int | None = None,
 ) -> tuple[Any, Any, int, tuple[int, ...]]:
     """Products of the flattened Jacobian with ``[b, n, w]`` and of its transpose, off one pass."""
     inside = None if mask is None else _inside(where, mask, jax.eval_shape(fn, x).shape)
@@ -56,7 +60,10 @@ def _linearize(
             v = v.reshape(v.shape[:1] + like.shape).astype(like.dtype)
             # Equal branches: only tells shard_map that v varies over the devices as the data does.
             v = jnp.where(like[None] == 0, v, v)
-            out = jax.vmap(product)(v)
+            if chunk is None or chunk >= len(v):
+                out = jax.vmap(product)(v)
+            else:
+                out = jax.lax.map(product, v, batch_size=chunk)
             return jnp.moveaxis(out.reshape((*out.shape[:2], -1)), 0, -1).astype(wide)
 
         return run
@@ -87,6 +94,7 @@ def jacobian_svd(
     max_iters: int = 50,
     tol: float = 1e-4,
     oversample: int = 8,
+    chunk: int | None = None,
     return_info: bool = False,
 ) -> Any:
     r"""Return the leading singular triplets of the Jacobian of ``fn`` at each example of ``x``.
@@ -111,6 +119,8 @@ def jacobian_svd(
             reverse products per example.
         tol: sine of the angle; singular values are accurate to about its square.
         oversample: extra vectors that speed up convergence.
+        chunk: vectors pushed through at once, to bound the memory of the network's pass; None is
+            all ``rank + oversample`` together, the fastest.
         return_info: also return :class:`JacobianInfo`, which says whether it converged (and costs
             ``rank`` forward products more).
 
@@ -140,7 +150,9 @@ def jacobian_svd(
     where = "jacobian_svd"
     check_int(where, "rank", rank)
     check_int(where, "oversample", oversample, low=0)
-    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask)
+    if chunk is not None:
+        check_int(where, "chunk", chunk)
+    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk)
     largest = min(dim, math.prod(out_shape[1:]))
     if rank > largest:
         raise fail(where, "rank too large", f"at most {largest}, min(n, out)", rank)

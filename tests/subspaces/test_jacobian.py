@@ -166,6 +166,8 @@ def test_masked_jacobian_is_that_of_the_masked_output(key):
     overlap = np.abs(np.einsum("bkn,bkn->bk", vt, right[:, :4]))
     np.testing.assert_allclose(overlap, 1, atol=1e-4)
     assert float(info.residual.max()) < 1e-4
+    by_threes = jacobian_svd(fn, x, 4, key=key, mask=mask, tol=1e-5, max_iters=200, chunk=3)[1]
+    np.testing.assert_allclose(by_threes, s, rtol=1e-5)
     np.testing.assert_allclose(jacobian_spectrum(fn, x, mask=mask)[:, :5], want[:, :5], atol=1e-5)
     one_each = jnp.stack([mask, ~mask, jnp.ones(12, bool)])
     each = jacobian_svd(fn, x, 3, key=key, mask=one_each, tol=1e-5, max_iters=200)[1]
