@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lowdim_diffusion._checks import check_int, fail
+from lowdim_diffusion._checks import check_int, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -52,6 +53,24 @@ def orthonormalize(a: Float[Array, "*k dim rank"]) -> Float[Array, "*k dim rank"
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     sign = jnp.where(diagonal < 0, -1, 1).astype(a.dtype)
     return q * sign[..., None, :]
+
+
+def check_frames(where: str, name: str, bases: Any) -> None:
+    """Raise unless the columns of concrete ``bases [..., dim, rank]`` are orthonormal or zero.
+
+    Zero columns stand for directions that a frame does not have. Inside ``jit`` values are not
+    known, and nothing is checked.
+    """
+    if not is_concrete(bases):
+        return
+    frames = np.asarray(bases, np.float64)
+    gram = np.swapaxes(frames, -1, -2) @ frames
+    here = np.any(frames != 0, axis=-2)
+    error = np.abs(gram - here[..., None, :] * np.eye(frames.shape[-1])).max(initial=0)
+    if not error < 1e-3:
+        expected = "orthonormal columns (or zero ones)"
+        fix = "linalg.orthonormalize makes a frame of independent columns"
+        raise fail(where, f"{name} is no frame", expected, f"U^T U off by {error:.2g}", fix)
 
 
 def random_frames(
@@ -149,8 +168,8 @@ def largest_divisor(total: int, limit: int) -> int:
 
 
 def safe_sqrt(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """Return ``sqrt(max(x, 0))`` with derivative 0, not infinity, where ``x <= 0``."""
-    positive = x > 0
+    """Return ``sqrt(max(x, 0))`` with derivative 0, not infinity, where ``x <= 0``; NaN stays."""
+    positive = ~(x <= 0)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 

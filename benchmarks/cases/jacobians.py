@@ -46,13 +46,18 @@ def _torch_model(size: str) -> Any:
         return None
     import diffusers  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
+    from diffusers.models import attention_processor  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     height, _, channels = SHAPES[size]
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in _config(size).items()}
-    return diffusers.UNet2DModel(
+    model = diffusers.UNet2DModel(
         sample_size=height, in_channels=channels, out_channels=channels, **options
-    ).eval()
+    )
+    for module in model.modules():
+        if isinstance(module, attention_processor.Attention):
+            module.set_processor(attention_processor.AttnProcessor())  # the fused one has no jvp
+    return model.eval()
 
 
 def _network(size: str, model: Any) -> tuple[networks.Network, Any]:
@@ -105,10 +110,10 @@ def _build(size: str) -> list[Variant]:
             x, T
         )
 
-    ours = lambda x: subspaces.jacobian_svd(denoise, x, RANK, key=key, tol=2e-2)[1]
+    ours = lambda x: subspaces.jacobian_svd(denoise, x, RANK, key=key, tol=5e-3)[1]
     dense = lambda x: subspaces.jacobian_spectrum(denoise, x)[:, :RANK]
     published = lambda x: _published(denoise, x, key)
-    variants = [jitted("jacobian_svd, tol 2e-2", ours, x), jitted("whole Jacobian", dense, x)]
+    variants = [jitted("jacobian_svd, tol 5e-3", ours, x), jitted("whole Jacobian", dense, x)]
     true = np.asarray(variants[1].call())[0]
     off = np.abs(np.asarray(variants[0].call())[0] / true - 1).max()
     if not off < 1e-3:
@@ -142,12 +147,12 @@ def _torch(model: Any, schedule: Any, x: np.ndarray, true: np.ndarray) -> list[V
     def power() -> Any:
         torch.manual_seed(0)
         v = torch.linalg.qr(torch.randn(flat.numel(), RANK))[0]
-        push = torch.func.vmap(
-            lambda w: torch.func.jvp(fn, (flat,), (w,))[1], in_dims=1, out_dims=1
-        )
-        pull = torch.func.vmap(torch.func.vjp(fn, flat)[1], in_dims=1, out_dims=1)
+        rows = lambda product: lambda v: torch.func.vmap(product)(v.T.contiguous()).T
+        push = rows(lambda w: torch.func.jvp(fn, (flat,), (w,))[1])
+        pull_one = torch.func.vjp(fn, flat)[1]
+        pull = rows(lambda w: pull_one(w)[0])
         for i in range(50):
-            new, squared, _ = torch.linalg.svd(pull(push(v))[0], full_matrices=False)
+            new, squared, _ = torch.linalg.svd(pull(push(v)), full_matrices=False)
             new = new * torch.sign((new * v).sum(0))
             change, v = (new - v).abs().max(), new
             if i >= 9 and change < 1e-4:

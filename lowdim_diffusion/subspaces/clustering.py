@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowdim_diffusion._checks import check_choice, check_int, fail, is_concrete
+from lowdim_diffusion._checks import check_choice, check_int, check_range, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
-from lowdim_diffusion.linalg import orthonormalize, polar, safe_sqrt
+from lowdim_diffusion.linalg import check_frames, orthonormalize, polar, safe_sqrt
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 STARTS = ("spectral", "random", "mixed")
@@ -48,7 +48,7 @@ class KSubspaces(NamedTuple):
     labels: Int[Array, " num_samples"]
     """Which frame holds most of each point."""
     loss: Float[Array, ""]
-    """Mean squared distance of the points to their subspaces."""
+    """Mean squared distance of the points to their subspaces, rows of zeros not counted."""
     losses: Float[Array, " num_restarts"]
     """That of every restart; their spread tells how hard the problem is."""
 
@@ -61,7 +61,12 @@ def assign_points(
     Args:
         x: ``[N, n]``.
         bases: ``[K, n, d]`` with orthonormal (or zero) columns.
+
+    Raises:
+        ValueError: outside ``jit``, if columns are neither, or ``x`` is not finite.
     """
+    check_frames("assign_points", "bases", bases)
+    _check_finite("assign_points", x)
     return jnp.argmax(_energies(x, bases), axis=1).astype(jnp.int32)
 
 
@@ -129,11 +134,14 @@ def k_subspaces(
         padded = jnp.pad(x, ((0, room - num_samples), (0, 0)))
         u, s, lift = jnp.linalg.svd(padded, full_matrices=False)
         x = (u * s[None, :])[:num_samples]
-    mask = _mask(x, rank, active_rank)
+    largest = jnp.max(jnp.abs(x))
+    scale = jnp.where(largest > 0, largest, 1)
+    x = x / scale  # fourth powers of the data are formed below
+    mask = _mask(where, x, rank, active_rank)
     first = _starts(key, x, num_components, rank, num_restarts, start, orthogonal, mask)
     bases = _climb(x, first, mask, orthogonal, max_iters)
-    losses = jax.vmap(lambda b: _loss(x, b))(bases)
-    best = jnp.argmin(losses)
+    losses = jax.vmap(lambda b: _loss(x, b))(bases) * scale**2
+    best = jnp.nanargmin(losses)
     chosen = bases[best]
     labels = assign_points(x, chosen)
     if lift is not None:
@@ -158,13 +166,14 @@ def starts(
     """
     _check("starts", x, num_components, rank, orthogonal, num_restarts, start)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mask = _mask(x, rank, active_rank)
+    mask = _mask("starts", x, rank, active_rank)
     return _starts(key, x, num_components, rank, num_restarts, start, orthogonal, mask)
 
 
-def _mask(x: Array, rank: int, active_rank: Any) -> Array:
+def _mask(where: str, x: Array, rank: int, active_rank: Any) -> Array:
     if active_rank is None:
         return jnp.ones(rank, x.dtype)
+    check_range(where, "active_rank", active_rank, 1, rank)
     return (jnp.arange(rank) < active_rank).astype(x.dtype)
 
 
@@ -194,6 +203,10 @@ def _check(
         )
     if num_samples < num_components:
         raise fail(where, "too few points", f"at least {num_components}", num_samples)
+    _check_finite(where, x)
+
+
+def _check_finite(where: str, x: Any) -> None:
     if is_concrete(x) and not np.all(np.isfinite(np.asarray(x))):
         raise fail(where, "x is not finite", "finite numbers", "NaN or infinity")
 
@@ -204,7 +217,8 @@ def _loss(x: Array, bases: Array) -> Array:
     best = jnp.argmax(jnp.sum(inside**2, axis=-1), axis=1)
     own = jax.nn.one_hot(best, bases.shape[0], dtype=x.dtype)[:, :, None] * inside
     residual = x - jnp.einsum("bkd,knd->bn", own, bases, precision=_HIGHEST)
-    return jnp.mean(jnp.sum(residual**2, axis=-1))
+    present = jnp.sum(jnp.any(x != 0, axis=1)).astype(x.dtype)  # rows of zeros are padding
+    return jnp.sum(residual**2) / jnp.maximum(present, 1)
 
 
 def _uphill(x: Array, labels: Array, bases: Array, mask: Array, orthogonal: bool) -> Array:

@@ -117,7 +117,9 @@ def jacobian_svd(
             noise level; more than ``rank + oversample`` are cut, fewer are filled with random ones.
         max_iters: bound on iterations; each costs ``rank + oversample`` forward and as many
             reverse products per example.
-        tol: sine of the angle; singular values are accurate to about its square.
+        tol: sine of the angle by which the subspace still turns in one iteration. Singular values
+            are accurate to about the square of the angle that is left, which is larger where they
+            decay slowly; ``residual`` bounds it in any case.
         oversample: extra vectors that speed up convergence.
         chunk: vectors pushed through at once, to bound the memory of the network's pass; None is
             all ``rank + oversample`` together, the fastest.

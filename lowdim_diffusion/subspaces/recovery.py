@@ -113,10 +113,12 @@ def _check_space(where: str, x: Array, bases: Array) -> None:
 
 def _basis(a: Array) -> Array:
     """Orthonormal basis of the span of the columns, zero columns standing for missing rank."""
+    largest = jnp.max(jnp.abs(a), axis=-2, keepdims=True)
+    a = a / jnp.where(largest > 0, largest, 1)  # so that the squares neither over- nor underflow
     norms = jnp.linalg.norm(a, axis=-2, keepdims=True)
     u, s, _ = jnp.linalg.svd(a / jnp.where(norms > 0, norms, 1), full_matrices=False)
     tol = max(a.shape) * jnp.finfo(s.dtype).eps
-    return jnp.where((s > tol * s[0])[None, :], u, 0)
+    return jnp.where((s <= tol * s[0])[None, :], 0, u)  # NaN stays
 
 
 def _share_outside(x: Array, basis: Array) -> Array:

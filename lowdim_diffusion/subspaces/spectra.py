@@ -1,8 +1,9 @@
 r"""Principal components, and the rank read off a spectrum of singular values."""
 
 import jax.numpy as jnp
+import numpy as np
 
-from lowdim_diffusion._checks import check_int, check_range, fail
+from lowdim_diffusion._checks import check_int, check_range, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, Scalar
 
 
@@ -21,7 +22,8 @@ def pca(x: Float[Array, "num_samples n"], rank: int) -> Float[Array, "n rank"]:
         ``[n, rank]`` with orthonormal columns, by descending singular value; signs are arbitrary.
 
     Raises:
-        ValueError: if ``rank`` exceeds n or there are no samples.
+        ValueError: if ``rank`` exceeds n, there are no samples, or (outside ``jit``) ``x`` holds
+            NaN or infinity.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -32,6 +34,8 @@ def pca(x: Float[Array, "num_samples n"], rank: int) -> Float[Array, "n rank"]:
     num_samples, dim = x.shape
     if num_samples == 0:
         raise fail("pca", "no samples", "at least one row", x.shape)
+    if is_concrete(x) and not np.all(np.isfinite(np.asarray(x))):
+        raise fail("pca", "x is not finite", "finite numbers", "NaN or infinity")
     if rank > dim:
         raise fail("pca", "rank too large", f"at most the data's dimension {dim}", rank)
     x = jnp.pad(x, ((0, max(rank - num_samples, 0)), (0, 0)))

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowdim_diffusion import networks, subspaces
+from lowdim_diffusion import linalg, networks, subspaces
 from lowdim_diffusion._checks import check_choice, check_int, check_range, fail
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey, Scalar
 from lowdim_diffusion.training import optimizers
@@ -69,7 +69,14 @@ def denoising_loss(
         w = \min(\sigma^{-2}, \texttt{max\_weight}),
 
     sigma log-uniform between the two of ``sigmas``, evenly spread. Rows of zeros count as absent.
+
+    Raises:
+        ValueError: outside ``jit``, if columns of ``bases`` are neither orthonormal nor zero; if
+            there are no rows.
     """
+    linalg.check_frames("denoising_loss", "bases", bases)
+    if not x.shape[0]:
+        raise fail("denoising_loss", "no points", "at least one row", x.shape)
     net = _network(bases, assignment)
     grid = np.geomspace(*sigmas, 2 * _LEVELS + 1)[1::2]
 
@@ -148,6 +155,7 @@ def fit_subspaces(
     check_int(where, "num_steps", num_steps)
     check_range(where, "lr", lr, 0, low_open=True)
     check_range(where, "sigmas", np.asarray(sigmas), 0, low_open=True)
+    check_range(where, "max_weight", max_weight, 0, low_open=True)
     if objective == "analytic" and num_components > 1 and assignment == "soft":
         fix = 'pass assignment="hard" or objective="monte-carlo"'
         raise fail(where, "objective", "one subspace or hard assignment", repr(objective), fix)
@@ -187,7 +195,7 @@ def fit_subspaces(
         loss_key, x, b, assignment=assignment, sigmas=sigmas, max_weight=max_weight
     )
     losses = jax.vmap(measure)(bases)
-    best = jnp.argmin(losses)
+    best = jnp.nanargmin(losses)
     labels = subspaces.assign_points(x, bases[best])
     return SubspaceFit(bases[best], labels, losses[best], losses, history)
 

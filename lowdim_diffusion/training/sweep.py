@@ -9,7 +9,6 @@ sweep continues where it was.
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import pathlib
@@ -90,12 +89,10 @@ def sweep(
     devices = 1 if mesh is None else mesh.size
     chunk = math.ceil(min(chunk, total) / devices) * devices
 
-    points = [np.asarray(column) for column in zip(*itertools.product(*axes.values()), strict=True)]
-    columns = {name: p.astype(a.dtype) for (name, a), p in zip(axes.items(), points, strict=True)}
-
     def take(first: int) -> dict[str, np.ndarray]:
         rows = np.minimum(np.arange(first, first + chunk), total - 1)  # the last one is padded
-        return {name: column[rows] for name, column in columns.items()}
+        at = np.unravel_index(rows, shape)
+        return {name: axis[i] for (name, axis), i in zip(axes.items(), at, strict=True)}
 
     local = min(batch_size, chunk // devices)
     run = functools.partial(jax.lax.map, fn, batch_size=local)
@@ -130,8 +127,11 @@ def table(found: Sweep) -> dict[str, np.ndarray]:
     """Return a sweep as tidy columns: one row per point, one column per axis and scalar result.
 
     Args:
-        found: a sweep whose function returned a dictionary of scalars (other leaves are left out)
-            or a single scalar, then called ``value``.
+        found: a sweep whose function returned a dictionary or a named tuple of scalars (its other
+            entries are left out), or a single scalar, then called ``value``.
+
+    Raises:
+        ValueError: if a result has the name of an axis.
 
     Examples:
         >>> found = sweep(lambda p: {"double": 2 * p["a"]}, {"a": [1, 2], "seed": [0, 1, 2]})
@@ -141,8 +141,14 @@ def table(found: Sweep) -> dict[str, np.ndarray]:
     shape = tuple(len(values) for values in found.grid.values())
     mesh = np.meshgrid(*found.grid.values(), indexing="ij")
     columns = {name: m.reshape(-1) for name, m in zip(found.grid, mesh, strict=True)}
-    values = found.values if isinstance(found.values, dict) else {"value": found.values}
+    values = found.values
+    if hasattr(values, "_asdict"):
+        values = values._asdict()
+    if not isinstance(values, dict):
+        values = {"value": values}
     scalars = {name: np.asarray(v) for name, v in values.items() if np.shape(v) == shape}
+    if both := sorted(set(scalars) & set(columns)):
+        raise fail("table", "results named like an axis", "other names", ", ".join(both))
     return columns | {name: value.reshape(-1) for name, value in scalars.items()}
 
 
@@ -151,9 +157,16 @@ def _axis(name: str, values: Any) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "biuf":
         got = f"{name} = {values!r}"
         raise fail("sweep", "bad axis", "a sequence of numbers", got, 'e.g. {"seed": range(20)}')
-    if array.dtype.kind in "iu":
-        return array.astype(np.int32)
-    return array if array.dtype.kind == "b" else array.astype(jnp.result_type(float))
+    if array.dtype.kind == "b":
+        return array
+    whole = array.dtype.kind in "iu"
+    with np.errstate(over="ignore"):
+        cast = array.astype(np.int32 if whole else jnp.result_type(float))
+    lost = cast != array if whole else np.isfinite(array) & ~np.isfinite(cast)
+    if lost.any():
+        expected = f"values that {cast.dtype} holds"
+        raise fail("sweep", f"axis {name!r} out of range", expected, array[lost][0])
+    return cast
 
 
 class _Store:
@@ -165,9 +178,11 @@ class _Store:
         self._path = path
         program = hashlib.sha256(lowered.as_text().encode())
         for constant in jax.tree.leaves(traced.jaxpr.consts):
+            if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
+                constant = jax.random.key_data(constant)
             program.update(np.asarray(constant).tobytes())
         about = {
-            "grid": {name: values.tolist() for name, values in axes.items()},
+            "grid": [[name, values.tolist()] for name, values in axes.items()],  # in their order
             "chunk": chunk,
             "program": program.hexdigest(),
             "versions": {"jax": jax.__version__, "lowdim_diffusion": __version__},

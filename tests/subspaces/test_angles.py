@@ -150,7 +150,13 @@ def test_dependent_columns_are_refused():
         subspaces.projector_distance(bad.at[:, 0].set(0).at[:, 2].set(2 * bad[:, 1]), u)
     with pytest.raises(ValueError, match="not linearly independent"):
         subspaces.affinity(u.at[2, 1].set(jnp.nan), u)
-    assert np.isnan(measure(u, bad)["angles"]).all()  # no raise inside jit
+    # No raise inside jit, and no number either: a failed training must not look like a recovery.
+    for frame in (bad, u.at[2, 1].set(jnp.nan), jnp.full_like(u, jnp.nan)):
+        for name, value in measure(frame, u).items():
+            assert np.isnan(value).all(), name
+    pair = jnp.stack([u, u])
+    found = jax.jit(subspaces.match_components)(pair, pair.at[1].set(jnp.nan))
+    assert np.isnan(found.distance).any()
 
 
 def test_bad_shapes_are_refused():

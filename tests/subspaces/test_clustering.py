@@ -119,6 +119,30 @@ def test_padding_and_masks_change_nothing():
         assert not np.any(np.asarray(found.bases[:, :, 3:]))
         distance = subspaces.match_components(bases, found.bases).distance
         assert float(distance.max()) < 1e-3
+    noisy = lambda rows: run(jnp.pad(x + 0.1 * noise, ((0, rows), (0, 0))), 3).loss
+    noise = jax.random.normal(jax.random.key(7), x.shape)
+    np.testing.assert_allclose(noisy(20), noisy(0), rtol=1e-4)
+
+
+def test_frames_that_are_none_and_points_that_are_none():
+    bases, x, _ = union(jax.random.key(0), 2, 24, 3, 9)
+    with pytest.raises(ValueError, match="bases is no frame: expected orthonormal columns"):
+        subspaces.assign_points(x, bases.at[0].multiply(5))
+    with pytest.raises(ValueError, match="x is not finite"):
+        subspaces.assign_points(x.at[0, 0].set(jnp.nan), bases)
+    with pytest.raises(ValueError, match="x is not finite"):
+        subspaces.pca(x.at[0, 0].set(jnp.inf), 2)
+    assert subspaces.assign_points(x, bases.at[:, :, 1:].set(0)).shape == (18,)  # absent columns
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e9])
+def test_scale_of_the_data_changes_only_the_loss(scale):
+    _, x, _ = union(jax.random.key(0), 2, 24, 3, 9)
+    x = x + 0.1 * jax.random.normal(jax.random.key(7), x.shape)
+    run = jax.jit(lambda x: subspaces.k_subspaces(jax.random.key(1), x, 2, 3))
+    plain, scaled = run(x), run(scale * x)
+    np.testing.assert_array_equal(plain.labels, scaled.labels)
+    np.testing.assert_allclose(scaled.loss / scale**2, plain.loss, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -80,6 +80,14 @@ def test_frames_stay_frames_and_reach_the_optimum(joint, x64):
 
 
 @pytest.mark.parametrize("objective, tol", [("analytic", 1e-3), ("monte-carlo", 0.05)])
+def test_denoising_loss_wants_frames_and_points(key):
+    bases = linalg.random_frames(key, 2, 12, 3)
+    with pytest.raises(ValueError, match="denoising_loss: bases is no frame"):
+        training.denoising_loss(key, jnp.ones((4, 12)), 2 * bases)
+    with pytest.raises(ValueError, match="no points"):
+        training.denoising_loss(key, jnp.ones((0, 12)), bases)
+
+
 def test_one_subspace_is_pca(objective, tol):
     """Check 3: N >= 2 d, noise .01."""
     for seed in range(3):

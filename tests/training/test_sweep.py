@@ -1,5 +1,6 @@
 """Sweeps: equal to loops, compiled once, bounded by the chunk, resumable."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -149,18 +150,49 @@ def test_interruption_loses_at_most_one_chunk(tmp_path, how):
     assert done <= set(range(6, 12))
 
 
-def test_memory_is_bounded_by_the_chunk():
-    """A grid of 4,096 points with 1 MB of temporaries each: 4 GB at once, far less in chunks."""
+def test_memory_is_bounded_by_the_chunk(monkeypatch):
+    """What the device is given at a time, and what its program needs, do not grow with the grid."""
+    seen, needs = [], []
+    plain = jax.lax.map
+
+    def spy(fn, xs, *, batch_size):
+        run = functools.partial(plain, fn, batch_size=batch_size)
+        seen.append((jax.tree.leaves(xs)[0].shape[0], batch_size))
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), xs)
+        stats = jax.jit(run).lower(shapes).compile().memory_analysis()
+        needs.append(stats.temp_size_in_bytes + stats.argument_size_in_bytes)
+        return run(xs)
 
     def fn(point):
-        big = jnp.sin(point["a"] + jnp.arange(2.0**18))
-        return jnp.sum(jnp.sort(big))
+        return jnp.sum(jnp.sort(jnp.sin(point["a"] + jnp.arange(2.0**18))))  # 1 MB of temporaries
 
-    points = {"a": np.arange(32.0, dtype=np.float32)}
-    run = jax.jit(lambda p: jax.lax.map(fn, p, batch_size=4))
-    need = run.lower(points).compile().memory_analysis().temp_size_in_bytes
-    assert need < 16 * 4 * 2**20
-    assert training.sweep(fn, points, chunk=8, batch_size=4).values.shape == (32,)
+    monkeypatch.setattr(jax.lax, "map", spy)
+    for count in (32, 64):
+        points = {"a": np.arange(count, dtype=np.float32)}
+        found = training.sweep(fn, points, chunk=8, batch_size=4)
+        assert found.values.shape == (count,)
+    assert seen == [(8, 4), (8, 4)]
+    assert needs[0] == needs[1] < 16 * 4 * 2**20
+
+
+def test_order_of_the_axes_belongs_to_the_sweep(tmp_path):
+    fn = lambda p: 100 * p["a"] + p["b"]
+    first = training.sweep(fn, {"a": [1, 2], "b": [10, 20, 30]}, path=tmp_path)
+    assert first.values.tolist() == [[110, 120, 130], [210, 220, 230]]
+    with pytest.raises(ValueError, match=r"another sweep \(grid differ\)"):
+        training.sweep(fn, {"b": [10, 20, 30], "a": [1, 2]}, path=tmp_path)
+
+
+def test_a_key_inside_the_function(tmp_path):
+    def fn(seed):
+        key = jax.random.key(seed)
+        return lambda p: jax.random.normal(jax.random.fold_in(key, p["s"]))
+
+    found = training.sweep(fn(0), {"s": [0, 1]}, path=tmp_path)
+    again = training.sweep(fn(0), {"s": [0, 1]}, path=tmp_path)
+    np.testing.assert_array_equal(found.values, again.values)
+    with pytest.raises(ValueError, match=r"another sweep \(program"):
+        training.sweep(fn(1), {"s": [0, 1]}, path=tmp_path)
 
 
 def test_errors(unchecked):
@@ -172,6 +204,12 @@ def test_errors(unchecked):
         training.sweep(lambda p: p["a"], {"a": 3})
     with pytest.raises(ValueError, match="bad axis"):
         training.sweep(lambda p: p["a"], {"a": ["x"]})
+    with pytest.raises(ValueError, match="axis 'seed' out of range: expected values that int32"):
+        training.sweep(lambda p: p["seed"], {"seed": [2**32, 5]})
+    with pytest.raises(ValueError, match="axis 'a' out of range"):
+        training.sweep(lambda p: p["a"], {"a": [1e300]})
+    with pytest.raises(ValueError, match="results named like an axis: expected other names, got a"):
+        training.table(training.sweep(lambda p: {"a": p["a"]}, {"a": [1]}))
 
 
 def test_count_bar_says_how_far_it_is(tmp_path):
