@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowdim_diffusion._checks import check_int, fail, is_concrete
+from lowdim_diffusion._checks import check_int, check_range, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -211,8 +211,8 @@ def block_power(
     the block.
 
     Iteration stops when the leading ``rank`` vectors of every map lie within ``tol`` (a sine) of
-    the previous *block*: rotations inside equal singular values do not count, nor do directions
-    whose singular value is lost in rounding (below about ``100 eps s_1``).
+    the previous *block*: rotations inside equal singular values do not count, nor do turns within
+    rounding, which are up to about ``100 eps s_1 / s_i`` for the i-th direction.
 
     Args:
         matmat: ``[..., dim, width] -> [..., out, width]``, A applied to each column.
@@ -221,13 +221,14 @@ def block_power(
             ``shard_map`` it has to vary over the devices as the products do.
         rank: number of triplets wanted, <= width.
         max_iters: bound on the iterations, each with one product by A and one by its transpose.
-        tol: see above.
+        tol: see above, > 0.
 
     References:
         Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
     check_int("block_power", "rank", rank)
     check_int("block_power", "max_iters", max_iters)
+    check_range("block_power", "tol", tol, 0, low_open=True)
     if rank > start.shape[-1]:
         raise fail("block_power", "rank too large", f"at most width = {start.shape[-1]}", rank)
     mm = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
@@ -242,9 +243,8 @@ def block_power(
         lead = new[..., :rank]
         turned = jnp.linalg.norm(lead - mm(v, mm(t(v), lead)), axis=-2)
         s_lead = s[..., :rank]
-        floor = rounding / tol * s_lead[..., :1]
-        weight = s_lead / jnp.where(s_lead + floor > 0, s_lead + floor, 1)
-        return mm(q, t(right)), s, new, jnp.max(weight * turned, axis=-1)
+        lost = turned * s_lead <= rounding * s_lead[..., :1]
+        return mm(q, t(right)), s, new, jnp.max(jnp.where(lost, 0, turned), axis=-1)
 
     def running(carry: Any) -> Array:
         step, (_, _, _, change) = carry

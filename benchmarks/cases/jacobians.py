@@ -57,6 +57,8 @@ def _torch_model(size: str) -> Any:
     for module in model.modules():
         if isinstance(module, attention_processor.Attention):
             module.set_processor(attention_processor.AttnProcessor())  # the fused one has no jvp
+        if isinstance(module, torch.nn.GroupNorm):  # its rule for vmap wants one piece of memory
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ def run(given: AnalyzeArguments) -> int:
         raise CommandError(
             "--data is needed: images to compare a pretrained network's samples with"
         )
+    loaded.path.mkdir(parents=True, exist_ok=True)
     dataset = build.dataset(replace(config, path=given.data or config.path))
     notes = []
     if loaded.data_sha256 and dataset.sha256 != loaded.data_sha256:
@@ -142,7 +144,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             f"computed: a rank of {count + 1} stands for all above {count}; --rank {4 * count} "
             "sees more."
         )
-    where = str(loaded.path)
+    where = shlex.quote(str(loaded.path))
     shown = 24
     return reporting.write_html(
         loaded.path / "report.html",
@@ -177,7 +179,9 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
         angles={name: value.tolist() for name, value in measured.angles.items()},
         config="" if loaded.pretrained else toml.dumps(config),
         versions=_versions(loaded.path),
-        next_commands=[
+        next_commands=[]
+        if loaded.pretrained
+        else [
             ("More samples", f"lowdim sample --run {where} --num-samples 256"),
             ("Another sampler", f"lowdim sample --run {where} --solver dpmpp-2m --steps 12"),
             (

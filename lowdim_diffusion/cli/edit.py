@@ -42,7 +42,7 @@ class EditArguments:
     sigma: float | None = option(gt=0)
     """Noise level (sigma / alpha) at which to edit. Unset: 1.5 times the spread of the data, and 3
     for a pretrained network."""
-    strength: float = option(0.5, gt=0)
+    strength: float = option(0.2, gt=0)
     """Longest step, in units of sqrt(n) sqrt(alpha^2 + sigma^2)."""
     num_strengths: int = option(9, ge=3)
     """Steps from -strength to +strength."""
@@ -105,6 +105,8 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     if not given.images or not all(0 <= i < dataset.num_examples for i in given.images):
         raise CommandError(f"--images: expected numbers from 0 to {dataset.num_examples - 1}")
     mask = _mask(given, shape)
+    out = pathlib.Path(given.out) if given.out else loaded.path / "edit"
+    out.mkdir(parents=True, exist_ok=True)
     index = np.asarray(given.images)
     labels = None
     if loaded.model.net.num_classes and dataset.labels is not None:
@@ -134,8 +136,6 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
         f"{change.inside:.3g} : {change.outside:.3g}, random directions {change.random_inside:.3g} "
         f": {change.random_outside:.3g}"
     )
-    out = pathlib.Path(given.out) if given.out else loaded.path / "edit"
-    out.mkdir(parents=True, exist_ok=True)
     _write_numbers(out / "edits.npz", found, index)
     names = [_name(dataset, i) for i in given.images]
     command = " ".join(["lowdim edit", *map(shlex.quote, argv)])

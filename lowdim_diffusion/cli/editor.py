@@ -60,7 +60,7 @@ def edit(
     sigma: float | None = None,
     num_directions: int = 4,
     null_rank: int = 5,
-    strength: float = 0.5,
+    strength: float = 0.2,
     num_strengths: int = 9,
     num_steps: int = 20,
     seed: int = 0,
@@ -119,7 +119,7 @@ def edit(
 
     found = jax.tree.map(np.asarray, run(params, jnp.asarray(x)))
     if not np.all(np.isfinite(found.images)):
-        raise FloatingPointError("the edited images hold NaN or infinity; lower --strength.")
+        raise CommandError("the edited images hold NaN or infinity; lower --strength")
     images = np.moveaxis(found.images, 2, 0)
     inside, outside = _changes(found.reconstruction, images, mask)
     return Edited(
@@ -176,7 +176,7 @@ def report(out: pathlib.Path, found: Edited, *, names: Sequence[str], command: s
     change, most = summary(found), float(found.strengths[-1])
     page = reporting.write_edit_page(
         out / "edits.html",
-        originals=found.reconstruction,
+        originals=found.originals,
         edits=found.images,
         strengths=found.strengths,
         labels=names,
@@ -202,15 +202,16 @@ def report(out: pathlib.Path, found: Edited, *, names: Sequence[str], command: s
     )
     text.section(
         "Edited images",
-        "One row per direction, from the strongest change of the region to weaker ones, and last a "
-        "random direction of the same length. Strengths are in units of √n √(α² + σ²).",
+        "One row per direction, ordered by their effect on the region before the projection, and "
+        "last a random direction of the same length. 0 is the round trip without an edit. "
+        "Strengths are in units of √n √(α² + σ²).",
     )
     if not plots:
         text.note("For the pictures: pip install 'lowdim-diffusion[plots]', then edit again.")
     for i, name in enumerate(names):
         if plots:
             figure = reporting.figures.edit_grid(
-                found.reconstruction[i],
+                found.originals[i],
                 found.images[i],
                 found.strengths,
                 row_labels=rows,

@@ -47,7 +47,8 @@ class Directions(NamedTuple):
     raw_outside: Float[Array, "b rank"]
     """``||J_out raw||``."""
     kept: Float[Array, "b rank"]
-    """``||(I - V_out V_out^T) raw||``; near 0 nothing acts on the region alone."""
+    """``||(I - V_out V_out^T) raw||``; near 0 nothing acts on the region alone, and v is 0 where
+    only rounding is left."""
 
 
 def find_directions(
@@ -60,6 +61,7 @@ def find_directions(
     null_rank: int = 5,
     max_iters: int = 50,
     tol: float = 1e-3,
+    chunk: int | None = None,
 ) -> Directions:
     r"""Return the ``rank`` directions that change the region most and the rest least.
 
@@ -74,9 +76,10 @@ def find_directions(
             With more of them less of the outside changes, down to what lies beyond their span.
         max_iters: as in :func:`~lowdim_diffusion.subspaces.jacobian_svd`.
         tol: as there.
+        chunk: as there; it bounds the memory, twice as many vectors being pushed at once.
 
     Returns:
-        :class:`Directions` by descending change inside; signs are arbitrary.
+        :class:`Directions` by descending ``raw_inside``; signs are arbitrary.
 
     Raises:
         ValueError: for a mask of another size or without a pixel, or a rank above its pixels.
@@ -97,7 +100,9 @@ def find_directions(
     check_int(where, "rank", rank)
     check_int(where, "null_rank", null_rank, low=0)
     inside = _mask(where, mask, x)
-    return _measured(fn, x, inside, *_spaces(key, fn, x, inside, rank, null_rank, max_iters, tol))
+    return _measured(
+        fn, x, inside, *_spaces(key, fn, x, inside, rank, null_rank, max_iters, tol, chunk)
+    )
 
 
 def supervised_direction(
@@ -110,6 +115,7 @@ def supervised_direction(
     null_rank: int = 5,
     max_iters: int = 50,
     tol: float = 1e-3,
+    chunk: int | None = None,
 ) -> Directions:
     r"""Return the direction that raises a score of the predicted image fastest.
 
@@ -128,6 +134,7 @@ def supervised_direction(
         null_rank: as in :func:`find_directions`.
         max_iters: as there.
         tol: as there.
+        chunk: as there.
 
     Returns:
         :class:`Directions` with ``rank = 1``; a positive step raises the score.
@@ -151,7 +158,7 @@ def supervised_direction(
     v = pull(jnp.where(inside, slope, 0))[0].reshape(x.shape[0], 1, -1)
     norm = jnp.linalg.norm(v, axis=-1, keepdims=True)
     vt = v / jnp.where(norm > 0, norm, 1)
-    out = _spaces(key, fn, x, inside, 0, null_rank, max_iters, tol)[1]
+    out = _spaces(key, fn, x, inside, 0, null_rank, max_iters, tol, chunk)[1]
     return _measured(fn, x, inside, vt, out)
 
 
@@ -159,6 +166,7 @@ def random_directions(
     key: PRNGKey, fn: Callable[[Array], Array], x: Float[Array, "b *data"], mask: Any, rank: int = 5
 ) -> Directions:
     """Return random orthonormal directions, the control that every edit is to be held against."""
+    check_int("random_directions", "rank", rank)
     inside = _mask("random_directions", mask, x)
     vt = _random_rows(key, x, rank)
     return _measured(fn, x, inside, vt, vt[:, :0])
@@ -221,7 +229,7 @@ def edit(
 
 def _strengths(where: str, strengths: Any, x_t: Array) -> Array:
     strengths = jnp.asarray(strengths, x_t.dtype)
-    if strengths.ndim != 1:
+    if strengths.ndim != 1 or not strengths.size:
         raise fail(where, "wrong shape of strengths", "[num_strengths]", strengths.shape)
     return strengths
 
@@ -244,6 +252,8 @@ def _sample_moved(
         return sampling.sample(key, denoise_fn, schedule, ts, moved, solver=solver).x
 
     # Equal batches: a remainder would be compiled as a second program.
+    if batch_size is not None:
+        check_int("edit", "batch_size", batch_size)
     count = len(moves)
     batches = math.ceil(count / (batch_size or count))
     size = math.ceil(count / batches)
@@ -279,6 +289,7 @@ def loco(
     num_random: int = 0,
     max_iters: int = 50,
     tol: float = 1e-3,
+    chunk: int | None = None,
     batch_size: int | None = None,
 ) -> Edits:
     """Return local edits of clean examples: inversion, directions, and a sweep of strengths.
@@ -299,6 +310,7 @@ def loco(
         num_random: random directions to add to them, the control of the experiment.
         max_iters: as in :func:`find_directions`.
         tol: as there.
+        chunk: as there.
         batch_size: directions times strengths to sample at once; those of one direction by default.
     """
     where = "loco"
@@ -310,7 +322,7 @@ def loco(
     x_t = sampling.invert(denoise_fn, schedule, ts, x_0, solver=solver)
     t = jnp.asarray(ts, x_t.dtype)[0]
     fn = lambda x: denoise_fn(x, t)
-    vt, out = _spaces(key, fn, x_t, inside, rank, null_rank, max_iters, tol)
+    vt, out = _spaces(key, fn, x_t, inside, rank, null_rank, max_iters, tol, chunk)
     chance = _random_rows(jax.random.fold_in(key, 1), x_t, num_random)
     found = _measured(fn, x_t, inside, vt, out, chance)
     v = jnp.moveaxis(found.v, 1, 0)[:, None]
@@ -345,6 +357,7 @@ def _spaces(
     null_rank: int,
     max_iters: int,
     tol: float,
+    chunk: int | None,
 ) -> tuple[Array, Array]:
     """Leading right singular rows of J_in ``[b, rank, n]`` and of J_out; zero where J_out is."""
     count = null_rank
@@ -357,7 +370,7 @@ def _spaces(
 
     def rows(inside: Array) -> tuple[Array, Array]:
         most = max(rank, count)
-        options: Any = {"mask": inside, "max_iters": max_iters, "tol": tol}
+        options: Any = {"mask": inside, "max_iters": max_iters, "tol": tol, "chunk": chunk}
         return subspaces.jacobian_svd(fn, x, most, key=key, **options)[1:]
 
     # Both searches are one program: the products of one linearization, for two masks.
@@ -371,7 +384,11 @@ def _spaces(
 
 def _random_rows(key: PRNGKey, x: Array, count: int) -> Array:
     """``[b, count, n]`` orthonormal rows."""
+    if count > x[0].size:
+        raise fail("random_directions", "rank too large", f"at most {x[0].size}", count)
     draws = jax.random.normal(key, (x.shape[0], x[0].size, count), x.dtype)
+    # Equal branches: only tells shard_map that the draws vary over the devices as the data does.
+    draws = jnp.where(x.reshape(x.shape[0], -1, 1)[:, :1] == 0, draws, draws)
     return jnp.swapaxes(jnp.linalg.qr(draws)[0], 1, 2)
 
 
@@ -387,7 +404,8 @@ def _measured(
     mm = lambda a, b: jnp.matmul(a, b, precision="highest")
     v = raw - mm(mm(raw, jnp.swapaxes(out, 1, 2)), out)
     kept = jnp.linalg.norm(v, axis=-1)
-    v = v / jnp.where(kept > 0, kept, 1)[..., None]
+    left = kept > 100 * jnp.finfo(v.dtype).eps  # below, rounding is all that is left
+    v = jnp.where(left[..., None], v / jnp.where(left, kept, 1)[..., None], 0)
     if chance is not None:
         v, raw = (jnp.concatenate([a, chance.astype(a.dtype)], axis=1) for a in (v, raw))
         kept = jnp.concatenate([kept, jnp.ones(chance.shape[:2], kept.dtype)], axis=1)

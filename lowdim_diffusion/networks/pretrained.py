@@ -93,6 +93,10 @@ def from_diffusers(
             find_weights(where, root)  # which refuses it
         fix = "download it first, e.g. huggingface_hub.snapshot_download"
         raise fail(where, "no such folder", "a folder with config.json", path, fix)
+    if (root / "model_index.json").is_file():
+        for part in {"vae", "vqvae"} & set(read_json(where, root / "model_index.json")):
+            fix = "a latent model needs its decoder; load unet/ alone to study the latents"
+            raise fail(where, "not a pixel-space pipeline", "a U-Net of images", part, fix)
     folder = root / "unet" if (root / "unet").is_dir() else root
     stored = read_json(where, folder / "config.json")
     options = _unet_options(where, stored, data_shape)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowdim_diffusion._checks import check_shape, fail
+from lowdim_diffusion._checks import check_range, check_shape, fail, is_concrete
 from lowdim_diffusion._types import Array, DenoiseFn, Float, PRNGKey, Scalar, Schedule
 from lowdim_diffusion.subspaces.jacobian import (
     jacobian_asymmetry,
@@ -28,6 +28,9 @@ from lowdim_diffusion.subspaces.jacobian import (
     jacobian_svd,
 )
 from lowdim_diffusion.subspaces.spectra import numerical_rank
+
+CLEAN_TOLERANCE = 1e-5
+"""Relative rounding of a time that is taken for the end of its schedule."""
 
 
 def step_length(schedule: Schedule, t: Any, data_shape: tuple[int, ...]) -> Array:
@@ -47,8 +50,16 @@ def step_length(schedule: Schedule, t: Any, data_shape: tuple[int, ...]) -> Arra
         >>> float(step_length(VPLinear(), 0.3, (8, 8, 1))), float(step_length(VE(), 0.75, (4,)))
         (8.0, 2.5)
     """
+    _check_times("step_length", schedule, t)
     scale = jnp.sqrt(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2)
     return math.sqrt(math.prod(data_shape)) * scale
+
+
+def _check_times(where: str, schedule: Schedule, t: Any) -> None:
+    """Raise if known times lie outside the schedule."""
+    if is_concrete(schedule.t_max):
+        high = float(schedule.t_max) * (1 + CLEAN_TOLERANCE)
+        check_range(where, "t", t, 0, high, fix=f"the schedule's last time is {schedule.t_max:g}")
 
 
 class Linearity(NamedTuple):
@@ -157,12 +168,12 @@ def spectral_atlas(
         steps: lengths at which to test linearity, in units of :func:`step_length`. The default are
             the published ``lambda = 10, 20, 40`` at n = 3072.
         num_probes: for asymmetry, and for the energy beyond ``rank``.
-        chunk: vectors at once in the full spectrum.
+        chunk: vectors pushed through at once, to bound the memory of the network's pass.
         max_iters: as in ``jacobian_svd``.
         tol: as in ``jacobian_svd``.
 
     Raises:
-        ValueError: if the lengths differ.
+        ValueError: if the lengths differ, or a known time lies outside the schedule.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -179,6 +190,7 @@ def spectral_atlas(
     """
     if states.shape[0] != ts.shape[0]:
         raise fail("spectral_atlas", "one time per state", f"{states.shape[0]} times", ts.shape[0])
+    _check_times("spectral_atlas", schedule, ts)
     batch, data_shape = states.shape[1], states.shape[2:]
     dim = math.prod(data_shape)
     wide = jnp.promote_types(states.dtype, jnp.float32)
@@ -188,7 +200,7 @@ def spectral_atlas(
     def level(start: Array | None, state: tuple[Array, Array]) -> tuple[Array | None, Atlas]:
         x, t = state
         fn = lambda x: denoise_fn(x, t)
-        options: Any = {"max_iters": max_iters, "tol": tol}
+        options: Any = {"max_iters": max_iters, "tol": tol, "chunk": chunk}
         if rank is None:
             s, total = jacobian_spectrum(fn, x, chunk=chunk), None
         else:
@@ -196,13 +208,17 @@ def spectral_atlas(
             tail = jacobian_frobenius(probe_key, fn, x, num_probes=num_probes, without=start)
             total = jnp.sum(s**2, axis=1) + tail**2
         held = jnp.sum(s**2, axis=1)
-        share = jnp.ones_like(held) if total is None else held / jnp.where(total > 0, total, 1)
+        known = jnp.isfinite(held)
+        share = jnp.where(known, 1, jnp.nan)
+        if total is not None:
+            share = held / jnp.where(total == 0, 1, total)
+        ratio = jnp.where(known, numerical_rank(s, energy, total=total) / dim, jnp.nan)
         lengths = jnp.asarray(steps, x.dtype) * step_length(schedule, t, data_shape).astype(x.dtype)
         along = linearity(fn, x, direction, lengths)
         return start, Atlas(
             s * schedule.alpha(t).astype(s.dtype),
             share,
-            numerical_rank(s, energy, total=total) / dim,
+            ratio,
             jacobian_asymmetry(probe_key, fn, x, num_probes=num_probes),
             along.norm_ratio,
             along.cosine,
@@ -212,4 +228,6 @@ def spectral_atlas(
         return jax.lax.map(lambda state: level(None, state)[1], (states, ts))
     start = jax.random.normal(svd_key, (1, rank, dim), wide)
     start = jnp.broadcast_to(start, (batch, rank, dim))
+    # Equal branches: only tells shard_map that the rows vary over the devices as the data does.
+    start = jnp.where(states[0].reshape(batch, 1, -1)[..., :1] == 0, start, start)
     return jax.lax.scan(level, start, (states, ts))[1]

@@ -114,7 +114,8 @@ def jacobian_svd(
         mask: ``[*out]`` or ``[b, *out]``, entries of the output to look at: the Jacobian of
             ``P_Omega fn``. u is zero elsewhere; v lives in the whole input. None takes all.
         start: ``[b, r, n]``, independent rows to begin with, such as the ``vt`` of a neighbouring
-            noise level; more than ``rank + oversample`` are cut, fewer are filled with random ones.
+            noise level; at most ``rank + oversample - 1`` are used, and random ones fill up. Where
+            they are not finite all are random.
         max_iters: bound on iterations; each costs ``rank + oversample`` forward and as many
             reverse products per example.
         tol: sine of the angle by which the subspace still turns in one iteration. Singular values
@@ -188,7 +189,10 @@ def _start_block(
     if start.ndim != 3 or start.shape[0] != x.shape[0] or start.shape[2] != dim:
         expected = f"[b, r, n] = ({x.shape[0]}, r, {dim})"
         raise fail(where, "wrong shape of start", expected, start.shape, "vt of an earlier call")
-    given = jnp.swapaxes(start, -1, -2).astype(dtype)[..., :width]
+    # A random column stays: from an invariant subspace no other direction would ever be seen.
+    given = jnp.swapaxes(start, -1, -2).astype(dtype)[..., : max(width - 1, 1)]
+    sound = jnp.all(jnp.isfinite(given), axis=(1, 2), keepdims=True)
+    given = jnp.where(sound, given, block[..., : given.shape[-1]])
     return jnp.concatenate([given, block[..., given.shape[-1] :]], axis=-1)
 
 
@@ -303,7 +307,7 @@ def jacobian_asymmetry(
         num_probes: forward and reverse products per example; exact from n on.
 
     Returns:
-        ``[b]``, at least 0.
+        ``[b]``, at least 0; 0 for a Jacobian that is zero.
 
     Raises:
         ValueError: if output and input differ in size.
@@ -326,7 +330,8 @@ def jacobian_asymmetry(
     z = _probes(key, x, dim, num_probes)
     forward, backward = matmat(z), rmatmat(z)
     norm = lambda a: jnp.sqrt(jnp.sum(a**2, axis=(1, 2)))
-    return norm(forward - backward) / norm(forward + backward)
+    odd, even = norm(forward - backward), norm(forward + backward)
+    return jnp.where(odd + even == 0, 0, odd / jnp.where(odd + even == 0, 1, even))
 
 
 def _probes(key: PRNGKey, x: Array, dim: int, count: int) -> Array:

@@ -161,6 +161,26 @@ def test_supervised_direction_raises_the_score(x64, key):
     assert float(jnp.abs(everywhere.outside).max()) == 0
 
 
+def test_supervised_direction_is_the_gradient_where_the_jacobian_is_not_symmetric(x64, key):
+    """J^T g, not J g: a network's Jacobian is not symmetric."""
+    first, second = (jax.random.normal(k, (8, 8), jnp.float64) for k in jax.random.split(key))
+    fn = lambda x: jnp.tanh(x @ first) @ second
+    x = jax.random.normal(key, (3, 8), jnp.float64)
+    score = lambda image: jnp.sin(image).sum(1)
+    got = editing.supervised_direction(key, fn, x, score).v[:, 0]
+    want = jax.grad(lambda x: score(fn(x)).sum())(x)
+    np.testing.assert_allclose(got, want / jnp.linalg.norm(want, axis=1)[:, None], atol=1e-12)
+
+
+def test_what_projects_to_nothing_is_no_direction(key):
+    """One input moves region and rest alike: nothing acts on the region alone."""
+    fn = lambda x: jnp.stack([x.sum(1), 0 * x[:, 0], x.sum(1), 0 * x[:, 0]], axis=1)
+    mask = jnp.array([1, 1, 0, 0])
+    found = editing.find_directions(key, fn, jnp.ones((1, 4)), mask, 1, null_rank=1)
+    assert float(found.kept[0, 0]) < 1e-5
+    np.testing.assert_array_equal(found.v, 0)
+
+
 def test_edit_is_exact_for_a_gaussian(x64, key):
     """One Gaussian: the flow is linear, so an edit moves the image by a known map of the step."""
     frame = linalg.random_frames(key, 1, 12, 3, dtype=jnp.float64)[0]

@@ -48,7 +48,7 @@ def test_rank_against_noise_reproduces_the_published_curve(key):
     noise = jax.random.normal(jax.random.fold_in(key, 1), (12, 64, 48))
     denoise_fn = lambda x, t: molrg_mean(bases, x, t)
     x = x0[None] + sigmas[:, None, None] * noise
-    spectra = atlas(denoise_fn, schedules.VE(), x, sigmas).values
+    spectra = atlas(denoise_fn, schedules.VE(sigma_max=200.0), x, sigmas).values
     assert spectra.shape == (12, 64, 48)
     ratio = np.asarray(subspaces.numerical_rank(spectra)).mean(1) / 48
     np.testing.assert_allclose(ratio, published, atol=0.02)
@@ -86,3 +86,46 @@ def test_traced_once(key):
     x = jax.random.normal(key, (2, 4, 16))
     run(x, jnp.array([1.0, 0.5]))
     run(x + 1, jnp.array([2.0, 0.1]))
+
+
+def test_leading_values_give_the_rank_energy_and_linearity_of_the_whole(key):
+    """Top-k with probes against the full spectrum, a tail that matters, every entry."""
+    schedule, ts = schedules.VE(), jnp.array([3.0, 1.0])
+    gains = jnp.concatenate([jnp.array([5.0, 4.0, 3.0]), jnp.full(29, 0.5)])
+    fn = lambda x, t: x * gains[None] / (1 + t**2)
+    states = jax.random.normal(key, (2, 3, 32))
+    full = atlas(fn, schedule, states, ts, energy=0.95)
+    top = atlas(fn, schedule, states, ts, rank=6, energy=0.95, num_probes=32)
+    cumulative = np.sqrt(np.cumsum(np.asarray(gains) ** 2) / np.sum(np.asarray(gains) ** 2))
+    rank = 1 + int(np.argmax(cumulative > 0.95))
+    assert rank > 3  # the tail counts
+    np.testing.assert_allclose(full.rank_ratio, rank / 32)
+    held = np.sum(np.asarray(gains[:6]) ** 2) / np.sum(np.asarray(gains) ** 2)
+    np.testing.assert_allclose(top.energy, held, rtol=1e-4)
+    assert set(np.round(np.asarray(top.rank_ratio).ravel() * 32)) == {min(rank, 7)}
+    for found in (full, top):  # the denoiser is linear and symmetric
+        np.testing.assert_allclose(found.cosine, 1, atol=1e-5)
+        np.testing.assert_allclose(found.norm_ratio, 1, atol=1e-4)
+        np.testing.assert_allclose(found.asymmetry, 0, atol=1e-5)
+
+
+def test_a_level_that_is_not_finite_does_not_spread(key):
+    fn = lambda x, t: jnp.where(t == 2.0, jnp.nan, 1.0) * x / (1 + t**2)
+    ts = jnp.array([3.0, 2.0, 1.0])
+    states = jax.random.normal(key, (3, 2, 8))
+    for rank in (None, 2):
+        found = atlas(fn, schedules.VE(), states, ts, rank=rank)
+        bad = np.isnan(np.asarray(found.values)).any(axis=(1, 2))
+        assert bad.tolist() == [False, True, False]
+        assert np.isnan(np.asarray(found.rank_ratio)).all(1).tolist() == [False, True, False]
+
+
+def test_times_outside_the_schedule_are_refused(key):
+    states = jnp.zeros((1, 2, 4))
+    for schedule, t in ((schedules.VPLinear(), 1.5), (schedules.VE(), 1000.0)):
+        with pytest.raises(ValueError, match="t out of range"):
+            subspaces.spectral_atlas(key, lambda x, t: x, schedule, states, jnp.array([t]))
+        with pytest.raises(ValueError, match="t out of range"):
+            subspaces.step_length(schedule, t, (4,))
+    with pytest.raises(ValueError, match="t out of range"):
+        subspaces.step_length(schedules.VE(), -1.0, (4,))

@@ -193,19 +193,30 @@ def test_residual_is_the_distance_to_a_singular_pair(x64, key):
 
 
 def test_warm_start_saves_iterations_and_changes_nothing(key):
-    bases = random_frames(key, 2, 48, 6, orthogonal=True)
-    x = molrg_data(key, bases, 3) + jax.random.normal(key, (3, 48))
-    fn = lambda sigma: lambda x: molrg_mean(bases, x, sigma)
+    """A neighbouring matrix with a spectrum that decays slowly."""
+    u, v = (random_frames(jax.random.fold_in(key, i), 1, 48, 48)[0] for i in range(2))
+    matrix = jnp.matmul(u * 0.85 ** jnp.arange(48.0)[None], v.T, precision="highest")
+    change = 1e-4 * jax.random.normal(jax.random.fold_in(key, 2), (48, 48))
+    fn = lambda a: lambda x: jnp.matmul(x, a.T, precision="highest")
+    x = jnp.ones((2, 48))
     run = lambda fn, start: jacobian_svd(
-        fn, x, 4, key=key, start=start, tol=1e-4, return_info=True, oversample=2
+        fn, x, 4, key=key, start=start, tol=1e-3, return_info=True, oversample=2
     )
-    (_, _, vt), _ = run(fn(1.1), None)
-    (_, cold, _), cold_info = run(fn(1.0), None)
-    (_, warm, _), warm_info = run(fn(1.0), vt)
+    (_, _, vt), _ = run(fn(matrix), None)
+    (_, cold, _), cold_info = run(fn(matrix + change), None)
+    (_, warm, _), warm_info = run(fn(matrix + change), vt)
     np.testing.assert_allclose(warm, cold, rtol=1e-4)
-    assert int(warm_info.num_iters) < int(cold_info.num_iters)
+    assert 2 * int(warm_info.num_iters) <= int(cold_info.num_iters)
+    broken = run(fn(matrix + change), vt * jnp.nan)
+    np.testing.assert_array_equal(broken[0][1], cold)  # as if none had been given
     with pytest.raises(ValueError, match=r"wrong shape of start: expected \[b, r, n\]"):
-        subspaces.jacobian_svd(fn(1.0), x, 4, key=key, start=vt[..., :5])
+        subspaces.jacobian_svd(fn(matrix), x, 4, key=key, start=vt[..., :5])
+
+
+def test_tolerance_is_a_positive_sine(key):
+    """What is called converged is: the change bounds what an iteration still turns."""
+    with pytest.raises(ValueError, match="tol out of range"):
+        subspaces.jacobian_svd(lambda x: x, jnp.ones((1, 4)), 1, key=key, tol=0.0)
 
 
 def test_noise_levels_are_a_batch_too(key):
