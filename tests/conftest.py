@@ -21,6 +21,8 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore = ["networks/make_pretrained_fixtures.py"]  # a script, which needs torch
+
 
 def pytest_make_parametrize_id(val):
     """Bytes are named by their length: contents may differ between workers and be unprintable."""
