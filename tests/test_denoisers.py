@@ -59,6 +59,7 @@ def test_scalar_and_batched_times_agree():
     np.testing.assert_allclose(one, many, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_derivatives_agree():
     """Jacobian tools need both: <u, J v> = <J^T u, v>."""
     net = networks.make("unet", data_shape=(8, 8, 1), channels=8, channel_mult=(1,), num_blocks=1)

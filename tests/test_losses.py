@@ -123,6 +123,7 @@ def test_stratified_times_fill_every_stratum():
     np.testing.assert_array_equal(np.floor(u * 64), np.arange(64))
 
 
+@pytest.mark.slow
 def test_times_depend_on_the_index_alone():
     draw = lambda index: losses.draw_times(
         jax.random.key(0), schedules.VE(), losses.log_normal(), index, num_strata=8
@@ -176,6 +177,7 @@ def make(**options):
     return net, net.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_loss_is_the_same_on_any_split(key):
     net, params = make()
     x = jax.random.normal(jax.random.key(1), (12, 6))

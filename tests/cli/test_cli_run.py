@@ -302,6 +302,7 @@ def test_analysis_measures_and_reports(trained, capsys):
         assert text in report
 
 
+@pytest.mark.slow
 def test_analysis_says_when_the_data_have_changed(trained, tmp_path, capsys):
     from lowdim_diffusion import data
 

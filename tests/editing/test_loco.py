@@ -247,6 +247,7 @@ def test_every_strength_sees_the_same_noise(key):
     assert float((high - low)[:, 0].min()) > 0.1
 
 
+@pytest.mark.slow
 def test_random_directions_do_nothing_comparable(key):
     bases = local_mixture(key)
     x = molrg_data(key, bases, 6) + 2 * jax.random.normal(key, (6, N))

@@ -415,6 +415,7 @@ def test_difference_options_and_outline(browser, page):
     browser.until(f"{outline} === 'none'")
 
 
+@pytest.mark.slow
 def test_play_sweeps_back_and_forth_until_paused(browser, page):
     browser.open(f"{page[0]}#image=0&direction=0&strength=1.9")
     shown(browser, "image=0&direction=0&strength=1.9")

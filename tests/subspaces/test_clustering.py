@@ -83,6 +83,7 @@ def test_orthogonal_recovery_switches_on_at_d_points(num_components, rank):
         pytest.param(100, 5, 10, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_random_unions_where_random_starts_fall_short(dim, num_components, rank):
     bases, x, labels = union(
         jax.random.key(5), num_components, dim, rank, 2 * rank, orthogonal=False
@@ -98,6 +99,7 @@ def test_random_unions_where_random_starts_fall_short(dim, num_components, rank)
     assert float(run("random", 2).loss) > 1e3 * float(found.loss) + 1e-6
 
 
+@pytest.mark.slow
 def test_frames_are_orthonormal_together():
     _, x, _ = union(jax.random.key(0), 3, 20, 3, 8, orthogonal=False, noise_std=0.3)
     found = subspaces.k_subspaces(jax.random.key(1), x, 3, 3, orthogonal=True, num_restarts=3)
@@ -154,6 +156,7 @@ def test_more_dimensions_than_points():
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.slow
 def test_degenerate_points(orthogonal):
     """Copies of one point, zeros, fewer points than d: finite frames, small loss."""
     for x in (jnp.ones((6, 9)), jnp.zeros((6, 9)), jnp.eye(9)[:3]):

@@ -57,6 +57,7 @@ def test_many_random_labellings_in_one_program(x64):
     np.testing.assert_allclose(swapped, got, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_plain_calls_need_no_bound():
     for pair in random_labellings(3, 40, seed=1):
         np.testing.assert_allclose(all_scores(*pair), reference(*pair), atol=1e-6)
