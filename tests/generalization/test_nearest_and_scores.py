@@ -1,5 +1,6 @@
 """Nearest neighbours against brute force and scikit-learn; scores on cases counted by hand."""
 
+import functools
 import gzip
 
 import jax
@@ -102,7 +103,8 @@ def test_generalization_score_counts_copies():
     cosine = np.corrcoef(samples.reshape(80, -1), train.reshape(50, -1))[:80, 80:].max(1)
     blank = np.zeros((1, 6, 6, 1))  # resembles nothing, and hides nothing
     train = np.concatenate([train, blank])
-    score = jax.jit(generalization.generalization_score)
+    pixel = generalization.pixel_embedding
+    score = jax.jit(functools.partial(generalization.generalization_score, embed=pixel))
     for threshold in (0.3, 0.6, 0.99):
         got = score(samples, train, threshold)
         np.testing.assert_allclose(got, np.mean(cosine <= threshold), atol=1e-6)
