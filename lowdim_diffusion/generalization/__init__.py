@@ -10,6 +10,16 @@ from lowdim_diffusion.generalization.embeddings import (
     no_embedding,
     pixel_embedding,
 )
+from lowdim_diffusion.generalization.linear import (
+    LinearDenoiser,
+    LinearityScore,
+    WeightComparison,
+    compare_weights,
+    denoiser_rmse,
+    distill_linear,
+    linearity_score,
+    wiener_filter,
+)
 from lowdim_diffusion.generalization.scores import (
     Similar,
     authentic_fraction,
@@ -47,4 +57,12 @@ __all__ = [
     "pixel_embedding",
     "pixel_novelty",
     "reproducibility_score",
+    "LinearDenoiser",
+    "LinearityScore",
+    "WeightComparison",
+    "compare_weights",
+    "denoiser_rmse",
+    "distill_linear",
+    "linearity_score",
+    "wiener_filter",
 ]
