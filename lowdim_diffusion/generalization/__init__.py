@@ -20,6 +20,8 @@ from lowdim_diffusion.generalization.linear import (
     linearity_score,
     wiener_filter,
 )
+from lowdim_diffusion.generalization.noise_plane import noise_plane, noise_plane_labels
+from lowdim_diffusion.generalization.quality import Quality, frechet_distance, precision_recall
 from lowdim_diffusion.generalization.scores import (
     Similar,
     authentic_fraction,
@@ -40,11 +42,13 @@ __all__ = [
     "Embedding",
     "Features",
     "Nearest",
+    "Quality",
     "Similar",
     "authentic_fraction",
     "calibrate_threshold",
     "default_embedding",
     "distance_ratio_score",
+    "frechet_distance",
     "generalization_score",
     "image_embedding",
     "is_memorized",
@@ -54,8 +58,11 @@ __all__ = [
     "most_similar",
     "nearest",
     "no_embedding",
+    "noise_plane",
+    "noise_plane_labels",
     "pixel_embedding",
     "pixel_novelty",
+    "precision_recall",
     "reproducibility_score",
     "LinearDenoiser",
     "LinearityScore",
