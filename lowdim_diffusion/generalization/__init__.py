@@ -10,6 +10,15 @@ from lowdim_diffusion.generalization.embeddings import (
     no_embedding,
     pixel_embedding,
 )
+from lowdim_diffusion.generalization.flow_distance import (
+    BiasVariance,
+    FlowDistance,
+    bias_variance,
+    generalization_error,
+    memorization_error,
+    probability_flow_distance,
+    rms_distance,
+)
 from lowdim_diffusion.generalization.linear import (
     LinearDenoiser,
     LinearityScore,
@@ -72,4 +81,11 @@ __all__ = [
     "distill_linear",
     "linearity_score",
     "wiener_filter",
+    "BiasVariance",
+    "FlowDistance",
+    "bias_variance",
+    "generalization_error",
+    "memorization_error",
+    "probability_flow_distance",
+    "rms_distance",
 ]
