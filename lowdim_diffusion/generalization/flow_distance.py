@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowdim_diffusion._checks import check_shape, fail
-from lowdim_diffusion._types import ArrayLike, DenoiseFn, Float, PRNGKey, Schedule
+from lowdim_diffusion._types import Array, ArrayLike, DenoiseFn, Float, PRNGKey, Schedule
 from lowdim_diffusion.distributions import Empirical
 from lowdim_diffusion.generalization._inputs import check_finite, check_pairs
 from lowdim_diffusion.generalization.embeddings import Embedding, no_embedding
@@ -78,9 +78,7 @@ class BiasVariance(NamedTuple):
     """Mean squared distance of a student to the mean student; unbiased."""
 
 
-def rms_distance(
-    a: ArrayLike, b: ArrayLike, *, embed: Embedding = no_embedding
-) -> FlowDistance:
+def rms_distance(a: ArrayLike, b: ArrayLike, *, embed: Embedding = no_embedding) -> FlowDistance:
     """Return the root mean square distance of the pairs ``(a[i], b[i])``.
 
     The probability flow distance of samples that are there already, e.g. of one teacher beside

@@ -39,7 +39,7 @@ def closed_form(p, q, alpha, sigma):
     return np.sqrt(np.sum((c - d) ** 2) + sigma**2 * np.sum((a - b) ** 2))
 
 
-@pytest.mark.parametrize("name", ["VE", "VP"])
+@pytest.mark.parametrize("name", ["VE", pytest.param("VP", marks=pytest.mark.slow)])
 def test_gaussians_that_do_not_commute_have_the_closed_form_distance(name, key):
     schedule = {"VE": VE, "VP": schedules.VPLinear()}[name]
     ts = schedules.times_from_sigmas(schedule, schedules.karras_grid(40))
@@ -187,14 +187,12 @@ def test_bias_and_variance_of_fitted_means_have_the_closed_form():
     assert abs(means[1] - naive) > 20 * errors[1]
 
 
-def test_identity_of_bias_and_variance_with_flows():
-    """Mean of E_gen^2 over students = bias^2 + variance; the mean student's error contains both."""
-    key, num_students = jax.random.key(0), 5
-    teacher, x_T = gaussian(0), 80 * jax.random.normal(key, (200, DIM))
-    flow = jax.jit(lambda g: g.flow(x_T, 1.0, 80.0, 1.0, 0.0))
-    draws = teacher.sample(key, num_students * 20)[0].reshape(num_students, 20, DIM)
-    students = jnp.stack([flow(Gaussian.fit(x)) for x in draws])
-    true = flow(teacher)
+def test_identity_of_bias_and_variance():
+    """Mean of E_gen^2 = bias^2 + variance; the error of the mean student contains both."""
+    rng, num_students = np.random.default_rng(0), 5
+    true = rng.standard_normal((200, DIM))
+    own = rng.standard_normal((num_students, 1, DIM)) / 5  # each student's shift and scale
+    students = true * (1 + own) + own + 0.1
     parts = generalization.bias_variance(true, students)
     errors = [generalization.rms_distance(true, s).distance for s in students]
     np.testing.assert_allclose(parts.squared_error, np.mean(np.square(errors)), rtol=1e-5)
@@ -202,9 +200,6 @@ def test_identity_of_bias_and_variance_with_flows():
     mean_student = generalization.rms_distance(true, students.mean(0)).distance ** 2
     expected = parts.squared_bias + parts.variance / num_students
     np.testing.assert_allclose(mean_student, expected, rtol=1e-4)
-    assert (
-        parts.variance > parts.squared_bias
-    )  # fitted by its moments, a Gaussian is nearly unbiased
 
 
 def test_few_steps_of_the_stiff_flow_are_warned_about(key):
