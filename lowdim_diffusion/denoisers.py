@@ -6,6 +6,7 @@ samplers, Jacobian tools and metrics cannot tell the difference.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from lowdim_diffusion.corruption import (
 from lowdim_diffusion.linalg import expand_right
 from lowdim_diffusion.networks import Network
 
-__all__ = ["from_network", "score_fn"]
+__all__ = ["features", "from_network", "score_fn"]
 
 
 def from_network(
@@ -81,16 +82,70 @@ def from_network(
         options = dict(apply_options)
         if dropout_keys is not None:
             options["dropout_keys"] = dropout_keys
-        wide = lambda c: expand_right(c, x_t.ndim).astype(x_t.dtype)
+        x = _scaled(net, schedule, x_t, t, scale)
+        out = net.apply(params, x, scale.c_noise, cond, **options)
         if net.input_scale == "clean":
-            # Where there is no signal, the noise level is the one that c_noise is clipped to.
-            floor = schedule.sigma(t) * math.exp(-LOG_SNR_LIMIT / 2)
-            x = x_t / wide(jnp.maximum(schedule.alpha(t), floor))
-            return net.apply(params, x, scale.c_noise, cond, **options)
-        out = net.apply(params, wide(scale.c_in) * x_t, scale.c_noise, cond, **options)
+            return out
+        wide = lambda c: expand_right(c, x_t.ndim).astype(x_t.dtype)
         return wide(scale.c_skip) * x_t + wide(scale.c_out) * out
 
     return denoise_fn
+
+
+def features(
+    net: Network,
+    params: Params,
+    schedule: Schedule,
+    x_t: Float[Array, "b *data"],
+    t: Any,
+    *,
+    taps: str | Sequence[str],
+    data_std: Scalar = 0.5,
+    cond: Int[Array, " b"] | None = None,
+) -> Any:
+    """Return what flows through a denoiser's network at the given taps, at noise level ``t``.
+
+    ``x_t`` may be a noised example, as in training, or ``alpha(t) x_0`` without noise, which gives
+    features without randomness.
+
+    Args:
+        net: network from :func:`lowdim_diffusion.networks.make`.
+        params: its parameters.
+        schedule: the noise schedule that ``t`` refers to.
+        x_t: ``[b, *data]``.
+        t: time, scalar or ``[b]``.
+        taps: one of ``net.taps``, or several.
+        data_std: standard deviation of one coordinate of the data, as in training.
+        cond: class labels ``[b]``, None for unconditional.
+
+    Returns:
+        ``[b, *features]`` for one name, a dictionary of such arrays for several.
+
+    Raises:
+        ValueError: for a name that is not in ``net.taps``, or a wrong shape of ``t``.
+
+    Examples:
+        >>> from lowdim_diffusion import networks, schedules
+        >>> net = networks.make("dit", data_shape=(8, 8, 1), width=32, depth=2)
+        >>> params, x_t = net.init(jax.random.key(0)), jnp.ones((5, 8, 8, 1))
+        >>> features(net, params, schedules.VE(), x_t, 0.17, taps="block_1").shape
+        (5, 16, 32)
+    """
+    check_time("features", t, x_t.shape[0])
+    t = jnp.broadcast_to(jnp.asarray(t), x_t.shape[:1])
+    scale = precondition(schedule, t, data_std=data_std)
+    x = _scaled(net, schedule, x_t, t, scale)
+    return net.features(params, x, scale.c_noise, cond, taps=taps)
+
+
+def _scaled(net: Network, schedule: Schedule, x_t: Array, t: Array, scale: Any) -> Array:
+    """``x_t: [b, *data]`` at ``t: [b]`` as the network wants to see it."""
+    wide = lambda c: expand_right(c, x_t.ndim).astype(x_t.dtype)
+    if net.input_scale == "unit":
+        return wide(scale.c_in) * x_t
+    # Where there is no signal, the noise level is the one that c_noise is clipped to.
+    floor = schedule.sigma(t) * math.exp(-LOG_SNR_LIMIT / 2)
+    return x_t / wide(jnp.maximum(schedule.alpha(t), floor))
 
 
 def score_fn(denoise_fn: DenoiseFn, schedule: Schedule) -> DenoiseFn:

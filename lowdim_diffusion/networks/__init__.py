@@ -18,13 +18,12 @@ or :func:`from_edm`. Parameters are plain trees of float32 arrays,
 and no module class is part of the contract; flax is imported when a network that needs it is made.
 """
 
-import difflib
 import importlib
 from dataclasses import MISSING, fields
 from typing import Any
 
 from lowdim_diffusion._checks import fail
-from lowdim_diffusion.networks._network import Network
+from lowdim_diffusion.networks._network import Network, near
 from lowdim_diffusion.networks.adapters import from_linen, from_nnx
 from lowdim_diffusion.networks.pretrained import Pretrained, from_diffusers, from_edm
 
@@ -70,7 +69,7 @@ def make(name: str, **config: Any) -> Network:
                 "unknown option",
                 "one of " + ", ".join(known),
                 repr(key),
-                _suggest(key, known),
+                near(key, known),
             )
     if "data_shape" not in config:
         what, expected = "missing data_shape", "the shape of one example, e.g. (8, 8, 1)"
@@ -95,11 +94,6 @@ def _load(name: str) -> Any:
             "unknown network",
             "one of " + ", ".join(NAMES),
             repr(name),
-            _suggest(name, NAMES),
+            near(name, NAMES),
         )
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _suggest(word: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(word), list(known), 1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""

@@ -22,6 +22,11 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def tap(module: nn.Module, name: str, value: Array) -> None:
+    """Offer a feature under ``name`` to whoever collects the taps (see ``_module``)."""
+    module.sow("taps", "all", (name, value))
+
+
 class Dense(nn.Module):
     """Affine map of the last axis; ``zero`` starts it at zero."""
 

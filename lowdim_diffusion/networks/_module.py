@@ -15,6 +15,9 @@ for the shapes of its parameters, and the *name* of a leaf says how it starts:
 The key of a leaf is the network's key folded with a checksum of the leaf's path, so a leaf starts
 the same whatever else the network has. All leaves are cut from one drawing of rows of fixed length,
 since each random generator in a program costs compilation.
+
+A module offers features by ``layers.tap``. They are collected only by ``Network.features``; without
+it the calls leave no trace in a program.
 """
 
 import math
@@ -44,29 +47,44 @@ def from_module(name: str, module: Any, config: Any) -> Network:
         module: a module whose parameters are named as above.
         config: its options, a dataclass with ``data_shape``, ``num_classes`` and ``dtype``.
     """
+    shape, options = config.data_shape, dict(num_classes=config.num_classes, dtype=config.dtype)
 
     def forward(params: Params, *inputs: Any) -> Any:
         return module.apply({"params": params}, *inputs)
 
+    def collect(params: Params, *inputs: Any) -> Any:
+        _, state = module.apply({"params": params}, *inputs, mutable="taps")
+        return dict(state["taps"]["all"])
+
+    abstract, taps = _trace(module, shape)
     return Network(
         name,
-        config.data_shape,
-        _initializer(name, module, config.data_shape),
-        checked(
-            name, config.data_shape, forward, num_classes=config.num_classes, dtype=config.dtype
-        ),
+        shape,
+        _initializer(name, abstract),
+        checked(f"{name}.apply", shape, forward, **options),
         asdict(config),
         num_classes=config.num_classes,
+        taps=taps,
+        collect=checked(f"{name}.features", shape, collect, **options),
     )
 
 
-def _initializer(
-    name: str, module: Any, data_shape: tuple[int, ...]
-) -> Callable[[PRNGKey], Params]:
-    """Return ``key -> params`` for a module whose leaves are named as above."""
+def _trace(module: Any, data_shape: tuple[int, ...]) -> tuple[Params, tuple[str, ...]]:
+    """Return the parameters, abstract, and the names of the taps in the order of the run."""
+    taps: list[str] = []
+
+    def init(*inputs: Any) -> Params:
+        variables = module.init(*inputs)
+        taps.extend(name for name, _ in variables["taps"]["all"])
+        return variables["params"]
+
     x = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
     c_noise = jax.ShapeDtypeStruct((1,), jnp.float32)
-    abstract = jax.eval_shape(module.init, jax.random.key(0), x, c_noise)["params"]
+    return jax.eval_shape(init, jax.random.key(0), x, c_noise), tuple(taps)
+
+
+def _initializer(name: str, abstract: Params) -> Callable[[PRNGKey], Params]:
+    """Return ``key -> params`` for parameters of these shapes, named as above."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     shapes = [leaf.shape for _, leaf in leaves]

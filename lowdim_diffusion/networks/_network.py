@@ -6,8 +6,9 @@ broadcasts ``c_noise`` and casts: a network computes in the dtype of ``x`` (at l
 built with ``dtype="bfloat16"``, in bfloat16 with float32 parameters, reductions and output.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,9 @@ class Network:
             ``x_t / alpha``, a clean example plus ``exp(4 c_noise)`` times standard normal noise.
         num_classes: number of classes, 0 for an unconditional network.
         takes_clean: whether training shows it the clean examples (hard assignment does).
+        taps: names of the features inside it, in the order of the run; the page of the network's
+            module says what they are. None in adapters.
+        collect: like ``apply``, but returns every tap; :meth:`features` is what to call.
     """
 
     name: str
@@ -57,12 +61,69 @@ class Network:
     input_scale: Literal["unit", "clean"] = "unit"
     num_classes: int = 0
     takes_clean: bool = False
+    taps: tuple[str, ...] = ()
+    collect: Callable[..., dict[str, Array]] | None = None
+
+    def features(
+        self,
+        params: Params,
+        x: Array,
+        c_noise: Any,
+        cond: Any = None,
+        *,
+        taps: str | Sequence[str],
+        dropout_keys: Any = None,
+    ) -> Any:
+        """Return what flows through the network at the given taps.
+
+        Compiled, it costs the layers up to the last tap asked for; the rest is cut away.
+
+        Args:
+            params: as for ``apply``.
+            x: ``[b, *data_shape]``, scaled as for ``apply``;
+                :func:`lowdim_diffusion.denoisers.features` scales an ``x_t`` for you.
+            c_noise: ``[b]`` or scalar, as for ``apply``.
+            cond: as for ``apply``.
+            taps: one of ``net.taps``, or several.
+            dropout_keys: as for ``apply``.
+
+        Returns:
+            ``[b, *features]`` for one name, a dictionary of such arrays for several.
+
+        Raises:
+            ValueError: for a name that is not in ``net.taps``.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from lowdim_diffusion import networks
+            >>> net = networks.make("mlp", data_shape=(48,), width=32, depth=2)
+            >>> net.taps
+            ('hidden_0', 'block_0', 'hidden_1', 'block_1', 'last')
+            >>> params, x = net.init(jax.random.key(0)), jnp.ones((5, 48))
+            >>> net.features(params, x, -0.4, taps="hidden_1").shape
+            (5, 32)
+        """
+        for tap in (taps,) if isinstance(taps, str) else taps:
+            if tap not in self.taps:
+                known = "one of " + ", ".join(self.taps) if self.taps else "none, it has no taps"
+                raise fail(
+                    f"{self.name}.features", "unknown tap", known, repr(tap), near(tap, self.taps)
+                )
+        assert self.collect is not None
+        found = self.collect(params, x, c_noise, cond, dropout_keys=dropout_keys)
+        return found[taps] if isinstance(taps, str) else {tap: found[tap] for tap in taps}
 
     @property
     def num_params(self) -> int:
         """Number of parameters, found without making them."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def near(word: Any, known: Any) -> str:
+    """Return a hint at the known name nearest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), 1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def check_data_shape(where: str, data_shape: Any, ndim: int | None = None) -> tuple[int, ...]:
@@ -87,19 +148,18 @@ def check_common(where: str, config: Any) -> None:
 
 
 def checked(
-    name: str,
+    where: str,
     data_shape: tuple[int, ...],
-    forward: Callable[..., Array],
+    forward: Callable[..., Any],
     *,
     num_classes: int = 0,
     dtype: str = "float32",
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """Return the public ``apply`` around a ``forward`` of the same arguments in the same order.
 
     ``forward`` gets ``x`` in the dtype to compute in, ``c_noise: [b]`` in float32 or wider and
-    ``cond`` and ``dropout_keys`` as given.
+    ``cond`` and ``dropout_keys`` as given. It returns an array or a tree of them.
     """
-    where = f"{name}.apply"
 
     def apply(
         params: Params,
@@ -109,7 +169,7 @@ def checked(
         *,
         dropout_keys: Any = None,
         **options: Any,
-    ) -> Array:
+    ) -> Any:
         check_shape(where, "x", x, (None, *data_shape), "the network was built for this data_shape")
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -127,7 +187,7 @@ def checked(
         c_noise = jnp.broadcast_to(jnp.clip(c_noise, -10, 10), (batch,))
         compute = jnp.dtype(dtype) if dtype == "bfloat16" else wide
         out = forward(params, x.astype(compute), c_noise, cond, dropout_keys, **options)
-        return out.astype(wide)
+        return jax.tree.map(lambda a: a.astype(wide), out)
 
     return apply
 

@@ -166,7 +166,7 @@ def _adapt(
         name,
         data_shape,
         init,
-        checked(name, data_shape, forward, num_classes=num_classes),
+        checked(f"{name}.apply", data_shape, forward, num_classes=num_classes),
         {"data_shape": data_shape, "num_classes": num_classes},
         input_scale,
         num_classes,

@@ -21,6 +21,9 @@ step, in general fractional, from the log-SNR; a level beyond either end counts 
 given ``x_0 + sigma eps`` unscaled (``input_scale="clean"``) and its ``apply`` returns ``x0_hat =
 x_t + sigma h``, where ``h / sigma`` is the score that diffusers returns.
 
+Taps, ``[b, h, w, c]``, have the names of the ResNet and attention modules that make them:
+``down_blocks.0.resnets.0``, ``mid_block.attentions.0``, ...
+
 References:
     Ho et al. 2020, arXiv 2006.11239 (DDPM); Song et al. 2021, arXiv 2011.13456 (NCSN++); von Platen
     et al. 2022, "Diffusers", github.com/huggingface/diffusers.
@@ -215,7 +218,9 @@ class _UNet(nn.Module):
             y = layers.Conv(out, zero=True, name=f"{name}.conv2")(y)
             if shortcut or h.shape[-1] != out:
                 h = layers.Dense(out, name=f"{name}.conv_shortcut")(h)
-            return (h + y) / scale
+            h = (h + y) / scale
+            layers.tap(self, name, h)
+            return h
 
         def attention(h: Any, name: str, groups: int | None, scale: float = 1.0) -> Array:
             channels = h.shape[-1]
@@ -229,7 +234,9 @@ class _UNet(nn.Module):
             qkv = [layers.Dense(channels, name=part)(tokens) for part in parts]
             y = layers.attend(*qkv, num_heads=channels // head_dim)
             y = layers.Dense(channels, zero=True, name=f"{name}.to_out.0")(y)
-            return (h + y.reshape(h.shape)) / scale
+            h = (h + y.reshape(h.shape)) / scale
+            layers.tap(self, name, h)
+            return h
 
         raw = x
         x = 2 * x - 1 if config.center_input_sample else x

@@ -9,6 +9,8 @@ The image is cut into patches, each a token with a fixed sine-cosine position; a
 where gates ``g`` and the scales and shifts of ``mod`` are linear in the features of noise level and
 label and start at zero: a block starts as the identity.
 
+Taps: ``block_i``, h after block i, ``[b, tokens, width]``.
+
 References:
     Peebles & Xie 2023, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 """
@@ -98,6 +100,7 @@ class _DiT(nn.Module):
         e = emb(c_noise, cond, x.dtype)
         for i in range(config.depth):
             h = _Block(config, i, name=f"block_{i}")(h, e, keys)
+            layers.tap(self, f"block_{i}", h)
         modulation = layers.Dense(2 * config.width, zero=True, name="modulation")(e)
         scale, shift = jnp.split(modulation, 2, axis=-1)
         h = layers.modulate(layers.layer_norm(h), scale, shift)

@@ -1,7 +1,8 @@
 r"""An affine network ``out = W x + b`` on the flattened example, the same at every noise level.
 
 Trained as the network inside EDM's preconditioning or on one noise level at a time, it is the
-linear denoiser against which the hidden Gaussian structure of trained networks is measured.
+linear denoiser against which the hidden Gaussian structure of trained networks is measured. Its one
+tap is ``out``, its output.
 
 References:
     Li, Dai, Qu 2024, "Understanding Generalizability of Diffusion Models Requires Rethinking the
@@ -47,10 +48,15 @@ def build(config: Config) -> Network:
         out = flat @ params["kernel"].astype(x.dtype) + params["bias"].astype(x.dtype)[None]
         return out.reshape(x.shape)
 
+    def collect(*inputs: Any) -> dict[str, Array]:
+        return {"out": forward(*inputs)}
+
     return Network(
         "linear",
         data_shape,
         init,
-        checked("linear", data_shape, forward),
+        checked("linear.apply", data_shape, forward),
         asdict(config),
+        taps=("out",),
+        collect=checked("linear.features", data_shape, collect),
     )

@@ -10,6 +10,9 @@ For ``x = x_0 + sigma eps`` and frames ``U_k``
 the exact posterior mean of an equal mixture of ``N(0, U_k U_k^T)``. With *hard* assignment ``w`` is
 the indicator of the largest ``||U_k^T .||``, taken of the clean example in training.
 
+Its one tap ``gated``, ``[b, K, d]``, is ``w_k U_k^T x / (1 + sigma^2)``: the example's coordinates,
+gated by its component. They make up the output, ``sum_k U_k gated_k``.
+
 References:
     Wang, Zhang, Zhang, Chen, Ma, Qu 2024, "Diffusion Models Learn Low-Dimensional Distributions via
     Subspace Clustering", arXiv 2409.02426, lemma 1 and theorems 1-4.
@@ -108,17 +111,11 @@ def build(config: Config) -> Network:
         k, d = config.num_components, config.rank
         return {"bases": random_frames(key, k, dim, d, orthogonal=config.joint)}
 
-    def forward(
-        params: Params,
-        x: Array,
-        c_noise: Array,
-        cond: Array | None,
-        keys: Array | None,
-        clean: Array | None = None,
-    ) -> Array:
-        del cond, keys
-        bases = params["bases"].astype(x.dtype)
-        bases = frames(bases, orthonormal=config.orthonormal, joint=config.joint)
+    def bases_of(params: Params, dtype: Any) -> Array:
+        bases = params["bases"].astype(dtype)
+        return frames(bases, orthonormal=config.orthonormal, joint=config.joint)
+
+    def gated(bases: Array, x: Array, c_noise: Array, clean: Array | None) -> Array:
         inside = lambda y: jnp.einsum(
             "knd,bn->bkd", bases, y.reshape(y.shape[0], -1), precision=_HIGHEST
         )
@@ -135,18 +132,35 @@ def build(config: Config) -> Network:
             chosen = coefficients if clean is None else inside(jnp.asarray(clean, x.dtype))
             best = jnp.argmax(jnp.sum(chosen**2, axis=-1), axis=-1)
             weights = jax.nn.one_hot(best, config.num_components, dtype=x.dtype)
-        weights = weights / (1 + var)[:, None]
-        out = jnp.einsum("knd,bkd,bk->bn", bases, coefficients, weights, precision=_HIGHEST)
-        return out.reshape(x.shape)
+        return (weights / (1 + var)[:, None])[..., None] * coefficients
+
+    def forward(
+        params: Params,
+        x: Array,
+        c_noise: Array,
+        cond: Array | None,
+        keys: Array | None,
+        clean: Array | None = None,
+    ) -> Array:
+        del cond, keys
+        bases = bases_of(params, x.dtype)
+        parts = gated(bases, x, c_noise, clean)
+        return jnp.einsum("knd,bkd->bn", bases, parts, precision=_HIGHEST).reshape(x.shape)
+
+    def collect(params: Params, x: Array, c_noise: Array, *unused: Any) -> dict[str, Array]:
+        del unused
+        return {"gated": gated(bases_of(params, x.dtype), x, c_noise, None)}
 
     return Network(
         "lowrank",
         data_shape,
         init,
-        checked("lowrank", data_shape, forward),
+        checked("lowrank.apply", data_shape, forward),
         asdict(config),
         input_scale="clean",
         takes_clean=config.assignment == "hard",
+        taps=("gated",),
+        collect=checked("lowrank.features", data_shape, collect),
     )
 
 

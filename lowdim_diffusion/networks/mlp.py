@@ -4,6 +4,9 @@ r"""A residual MLP on the flattened example, modulated by noise level and class.
     \qquad (\gamma, \beta) = W_3 e,
 
 with ``e`` the features of noise level and label. The last layer starts at zero.
+
+Taps, all ``[b, width]``: ``hidden_i``, what ``W_2`` of block i reads; ``block_i``, h after block i;
+``last``, what the last layer reads.
 """
 
 import math
@@ -55,9 +58,12 @@ class _MLP(nn.Module):
             scale, shift = jnp.split(layers.Dense(2 * config.width, name=f"film_{i}")(e), 2, -1)
             y = layers.Dense(config.width, name=f"first_{i}")(layers.layer_norm(h))
             y = jax.nn.silu(layers.modulate(y, scale, shift))
+            layers.tap(self, f"hidden_{i}", y)
             y = layers.dropout(y, config.dropout, keys, i)
             h = h + layers.Dense(config.width, name=f"second_{i}")(y)
+            layers.tap(self, f"block_{i}", h)
         y = jax.nn.silu(layers.layer_norm(h))
+        layers.tap(self, "last", y)
         return layers.Dense(math.prod(config.data_shape), zero=True, name="out")(y).reshape(x.shape)
 
 

@@ -23,6 +23,8 @@ option                  DDPM++            NCSN++
 With a ``"residual"`` or ``"skip"`` encoder the shrinking image itself joins the features of every
 level; a ``"skip"`` decoder adds an image of every level to the output.
 
+Taps, ``[b, h, w, c]`` after each block, have the release's names: ``enc.16x16_block0``, ...
+
 References:
     Song et al. 2021, arXiv 2011.13456; Karras et al. 2022, arXiv 2206.00364, appendix F.2.
 """
@@ -137,6 +139,7 @@ class _UNet(nn.Module):
                 y = layers.attend(*qkv, num_heads=1)
                 y = layers.Dense(out, zero=True, name=f"{name}.proj")(y)
                 h = (h + y.reshape(h.shape)) * _HALF
+            layers.tap(self, name, h)
             return h
 
         size = config.data_shape[0]

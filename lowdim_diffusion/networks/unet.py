@@ -16,6 +16,9 @@ An image whose sides are no multiple of ``2^(levels - 1)`` is padded by its edge
 between both sides) to the next multiple, and the output is cropped. So 28x28 with three levels runs
 as 28, 14, 7; with four levels it would run as 32, 16, 8, 4.
 
+Taps, ``[b, h, w, c]`` after each block: ``encoder_l_i``, ``down_l``, ``middle_0``, ``middle_1``,
+``up_l`` and ``decoder_l_i`` for level l, 0 the finest.
+
 References:
     Song et al. 2021, arXiv 2011.13456 (DDPM++); Karras et al. 2022, arXiv 2206.00364, appendix F.2.
 """
@@ -146,7 +149,7 @@ class _UNet(nn.Module):
         def block(h: Any, name: str, level: int, resample: str = "", attend: bool = False) -> Any:
             nonlocal count
             count += 1
-            return _Block(
+            h = _Block(
                 channels=config.channels * config.channel_mult[level],
                 dropout=config.dropout,
                 index=count,
@@ -154,6 +157,8 @@ class _UNet(nn.Module):
                 num_heads=config.num_heads if attend and heights[level] in attend_at else 0,
                 name=name,
             )(h, e, keys)
+            layers.tap(self, name, h)
+            return h
 
         h = layers.Conv(config.channels * config.channel_mult[0], name="in")(x)
         skips = [h]
