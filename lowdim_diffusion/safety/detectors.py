@@ -17,7 +17,9 @@ def representation_spread(features: ArrayLike) -> Float[Array, " b"]:
     law of the data spreads the answer over many (see :func:`relu_autoencoder`). The layer and the
     noise level matter, and so does what is depicted: compare examples of one kind, and choose the
     threshold on examples known to be new. The published detector reads a layer inside the network
-    at step 50 of 1000, ``sigma / alpha`` about 0.17.
+    at step 50 of 1000, ``sigma / alpha`` about 0.17. In small networks that predict ``x0`` the sign
+    holds at every layer; with EDM's parametrization late layers answer with the noise that is left,
+    and a copy spreads less there.
 
     Args:
         features: ``[b, *features]`` from ``denoisers.features`` or ``net.features``; all entries of
