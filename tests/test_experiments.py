@@ -1,5 +1,6 @@
 """Experiments run at their smallest preset and show what they should."""
 
+import argparse
 import functools
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import jacobian_rank, phase_transition
+from experiments import hidden_gaussian, jacobian_rank, phase_transition
 from lowdim_diffusion import training
 
 
@@ -93,3 +94,35 @@ def test_semantic_editing_writes_its_results(tmp_path):
     header, *rows = (tmp_path / "edits.csv").read_text().splitlines()
     assert len(rows) == 1 and "additivity_error" in header
     assert (tmp_path / "report.html").exists() and (tmp_path / "digits_atlas.npz").exists()
+
+
+@pytest.mark.slow
+def test_networks_near_their_gaussian_with_more_images_and_leave_it_with_time():
+    """Check 13 at small size: signs of the trends with N, width and training time."""
+    preset = hidden_gaussian.PRESETS["smoke"]._replace(counts=(20, 1000), halves=(20,))
+    x, apart = hidden_gaussian.images(argparse.Namespace(data=None, seed=0), preset)
+    run = functools.partial(hidden_gaussian.study, x=x, apart=apart, preset=preset)
+    at, widths = (300, 3000), (8, 64)
+    found = {}
+    for width in widths:
+        fn = functools.partial(run, width=width, at=at)
+        grid = {"seed": [0], "half": [0], "count": preset.counts}
+        found[width] = training.sweep(fn, grid, batch_size=1).values
+    middle = lambda name, width: found[width][name][0, 0][..., hidden_gaussian.MIDDLE].mean(-1)
+    few, many = middle("model_gaussian", 64)
+    assert few[1] > 1.3 * many[1]  # fewer images: farther from the Gaussian
+    assert few[1] > 1.05 * few[0]  # and farther the longer it is trained
+    assert few[1] > 1.1 * middle("model_gaussian", 8)[0, 1]  # a narrow network stays near
+    few, many = middle("model_memory", 64)
+    assert few[1] < 0.8 * many[1]  # fewer images: nearer to the optimum that memorizes
+    few, many = middle("linearity_affine", 64)
+    assert few[1] < many[1]
+
+
+@pytest.mark.slow
+def test_hidden_gaussian_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.hidden_gaussian", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "hidden_gaussian.csv").read_text().splitlines()
+    assert len(rows) == 1 + 10 * (3 + 2 + 2) and (tmp_path / "report.html").exists()

@@ -1,10 +1,19 @@
 """The cases, by name."""
 
-from benchmarks.cases import denoisers, devices, jacobians, samplers, startup, sweeps, training
+from benchmarks.cases import (
+    denoisers,
+    devices,
+    distillation,
+    jacobians,
+    samplers,
+    startup,
+    sweeps,
+    training,
+)
 from benchmarks.harness import Case
 
 CASES: dict[str, Case] = {
     case.name: case
-    for module in (startup, denoisers, samplers, training, sweeps, jacobians, devices)
+    for module in (startup, denoisers, samplers, training, sweeps, distillation, jacobians, devices)
     for case in module.CASES
 }

@@ -76,6 +76,19 @@ def _levels(where: str, schedule: Schedule, ts: Any, dtype: Any) -> Array:
     return jnp.asarray(ts, dtype)
 
 
+def _blocks(num: int, block: int) -> tuple[int, int]:
+    """Number and size of nearly equal blocks; the last one may reach beyond the end."""
+    num_blocks = math.ceil(num / block)
+    return num_blocks, math.ceil(num / num_blocks)
+
+
+def _drawn(key: PRNGKey, x: Array, index: Array, draw: Array) -> tuple[Array, Array, Array]:
+    """Examples, their noise of one draw, and which of them there are; the last one stands in."""
+    keys = example_keys(jax.random.fold_in(key, draw), index)
+    eps = jax.vmap(lambda k: jax.random.normal(k, x.shape[1:], x.dtype))(keys)
+    return x[jnp.minimum(index, len(x) - 1)], eps, index < len(x)
+
+
 def _denoised(where: str, denoise_fn: DenoiseFn, x_t: Array, t: Array) -> Array:
     y = denoise_fn(x_t, t)
     check_shape(where, "what denoise_fn returned", y, x_t.shape, "a denoiser keeps the shape")
@@ -242,8 +255,7 @@ def distill_linear(
         fix = f"num_draws of {math.ceil(_RESERVE * dim / num) - 1} or more examples"
         got = f"{num} examples x ({num_draws} draws + 1)"
         raise fail(where, "too few noisy examples", f"at least 2 n = {_RESERVE * dim}", got, fix)
-    num_blocks = math.ceil(num / block)
-    block = math.ceil(num / num_blocks)
+    num_blocks, block = _blocks(num, block)
     p = Gaussian.fit(x)
     mean, basis, var = p.mean, p.basis, p.scales**2
 
@@ -257,10 +269,7 @@ def distill_linear(
 
         def add(sums: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
             index = i // num_draws * block + jnp.arange(block)
-            real = jnp.tile(index < num, 2)[:, None]
-            keys = example_keys(jax.random.fold_in(key, i % num_draws), index)
-            eps = jax.vmap(lambda k: jax.random.normal(k, shape, x.dtype))(keys)
-            clean = x[jnp.minimum(index, num - 1)]
+            clean, eps, real = _drawn(key, x, index, i % num_draws)
             noise = jnp.concatenate([sigma * eps, -sigma * eps])
             both = lambda a: jnp.concatenate([a, a])
             x_t = both(alpha * clean) + noise
@@ -269,7 +278,7 @@ def distill_linear(
             y = _denoised(where, denoise_fn, x_t, t).reshape(-1, dim) - mean[None]
             rest = y - _matmul(both(alpha * centred) + noise, wiener)
             u = both(_matmul(centred, whiten_data)) + _matmul(noise, whiten)
-            rest, u = jnp.where(real, rest, 0), jnp.where(real, u, 0)
+            rest, u = (jnp.where(both(real)[:, None], a, 0) for a in (rest, u))
             gram, cross, offset = sums
             return (gram + _matmul(u.T, u), cross + _matmul(u.T, rest), offset + rest.sum(0)), None
 
@@ -405,26 +414,30 @@ def linearity_score(
     check_shape(where, "about", center, shape, "one example, such as x.mean(0)")
     ts = _levels(where, schedule, ts, x.dtype)
     c = jnp.asarray(c, x.dtype)
+    combine = lambda a: jnp.einsum("k,bk...->b...", c, a, precision="highest")
+    num_blocks, block = _blocks(num_tuples, block)
     order_key, noise_key = jax.random.split(key)
     order = jax.random.permutation(order_key, num)
 
     def level(t: Array) -> LinearityScore:
         alpha, sigma = schedule.alpha(t).astype(x.dtype), schedule.sigma(t).astype(x.dtype)
 
-        def one(i: Array) -> tuple[Array, Array]:
-            rows = order[(len(c) * i + jnp.arange(len(c))) % num]
-            eps = jax.random.normal(jax.random.fold_in(noise_key, i), (len(c), *shape), x.dtype)
+        def some(i: Array) -> tuple[Array, Array]:
+            index = i * block + jnp.arange(block)
+            rows = order[(len(c) * index[:, None] + jnp.arange(len(c))[None]) % num]
+            keys = example_keys(noise_key, index)
+            eps = jax.vmap(lambda k: jax.random.normal(k, (len(c), *shape), x.dtype))(keys)
             x_t = alpha * x[rows] + sigma * eps
-            mixed = jnp.tensordot(c, x_t, 1, precision="highest")
-            y = _denoised(where, denoise_fn, jnp.concatenate([x_t, mixed[None]]), t)
-            a = (y[-1] - center).reshape(-1)
-            b = (jnp.tensordot(c, y[:-1], 1, precision="highest") - center).reshape(-1)
+            x_t = jnp.concatenate([x_t, combine(x_t)[:, None]], axis=1)
+            y = _denoised(where, denoise_fn, x_t.reshape(-1, *shape), t).reshape(x_t.shape)
+            a, b = y[:, -1] - center[None], combine(y[:, :-1]) - center[None]
+            a, b = a.reshape(block, -1), b.reshape(block, -1)
             size, tiny = _norm(a), jnp.finfo(x.dtype).tiny
-            cosine = jnp.sum(a * b) / jnp.maximum(size * _norm(b), tiny)
+            cosine = jnp.sum(a * b, axis=1) / jnp.maximum(size * _norm(b), tiny)
             return jnp.abs(cosine), _norm(a - b) / jnp.maximum(size, tiny)
 
-        found = jax.lax.map(one, jnp.arange(num_tuples), batch_size=min(block, num_tuples))
-        return LinearityScore(*(f.mean() for f in found))
+        found = jax.lax.map(some, jnp.arange(num_blocks))
+        return LinearityScore(*(f.reshape(-1)[:num_tuples].mean() for f in found))
 
     return jax.tree.map(lambda f: f.reshape(ts.shape), jax.lax.map(level, ts.reshape(-1)))
 
@@ -445,14 +458,14 @@ def denoiser_rmse(
     .. math:: E_{x_0, \epsilon} \sqrt{ \| D_a(x_t, t) - D_b(x_t, t) \|^2 / n }
 
     Args:
-        key: draws the noise; equal keys give equal inputs at all levels, for any ``block``.
+        key: draws the noise, as in :func:`distill_linear`.
         denoise_a: one denoiser.
         denoise_b: the other; swapping them changes nothing.
         schedule: the noise schedule that ``t`` refers to.
         ts: scalar or ``[T]``, times in (0, t_max].
         x: clean examples ``[N, *data]``.
         num_draws: noises per example.
-        block: noisy examples in memory at once.
+        block: examples denoised at once.
 
     Raises:
         ValueError: for examples that are empty or not finite, a time without noise or beyond the
@@ -475,19 +488,19 @@ def denoiser_rmse(
     check_int(where, "block", block)
     ts = _levels(where, schedule, ts, x.dtype)
     num, shape = x.shape[0], x.shape[1:]
-    keys = example_keys(key, jnp.arange(num))
+    num_blocks, block = _blocks(num, block)
 
     def level(t: Array) -> Array:
         alpha, sigma = schedule.alpha(t).astype(x.dtype), schedule.sigma(t).astype(x.dtype)
 
-        def one(example: tuple[Array, Array]) -> Array:
-            clean, key = example
-            eps = jax.random.normal(key, (num_draws, *shape), x.dtype)
-            x_t = alpha * clean[None] + sigma * eps
+        def add(total: Array, i: Array) -> tuple[Array, None]:
+            index = i // num_draws * block + jnp.arange(block)
+            clean, eps, real = _drawn(key, x, index, i % num_draws)
+            x_t = alpha * clean + sigma * eps
             a, b = (_denoised(where, fn, x_t, t) for fn in (denoise_a, denoise_b))
-            return jnp.mean(_norm((a - b).reshape(num_draws, -1))) / math.prod(shape) ** 0.5
+            return total + jnp.where(real, _norm((a - b).reshape(block, -1)), 0).sum(), None
 
-        size = min(num, max(1, block // num_draws))
-        return jnp.mean(jax.lax.map(one, (x, keys), batch_size=size))
+        total, _ = jax.lax.scan(add, jnp.zeros((), x.dtype), jnp.arange(num_blocks * num_draws))
+        return total / (num * num_draws * math.prod(shape) ** 0.5)
 
     return jax.lax.map(level, ts.reshape(-1)).reshape(ts.shape)
