@@ -23,6 +23,8 @@ FULL = 1024
 """Up to this dimension all singular values are computed, beyond it the leading ones."""
 _CHEAP = 256
 """Up to this dimension that is cheap enough to do it for several examples."""
+_APART = 1000
+"""Training examples compared with all others to learn how alike two different ones are."""
 
 
 STEPS = (0.18, 0.36, 0.72)
@@ -40,6 +42,12 @@ class Analysis(NamedTuple):
     """``[N]`` which one."""
     memorized: float | None
     """Share of samples much nearer to one training example than to any other."""
+    novel: float | None
+    """Share of samples that resemble no training example more than :attr:`threshold`."""
+    threshold: float | None
+    """Cosine that 1 % of training examples reach with one of the others; None with under 500."""
+    distance_ratio: float | None
+    """Mean distance to the data over that of fresh examples, where the distribution is known."""
     trajectory: np.ndarray
     """``[T + 1, b, *data]`` states of the first samples, noise to data."""
     ts: np.ndarray
@@ -90,6 +98,12 @@ def analyze(
     memorized = None
     if dataset.num_examples > 1:
         memorized = float(generalization.is_memorized(near).mean())
+    novel, threshold = _novelty(samples, train, seed)
+    ratio = None
+    if dataset.truth is not None and np.isfinite(samples).all():
+        fresh, _ = dataset.truth.sample(jax.random.key(seed), num_samples)
+        fresh = fresh.reshape(samples.shape).astype(samples.dtype)
+        ratio = float(generalization.distance_ratio_score(samples, train, fresh))
 
     dim = int(np.prod(model.net.data_shape))
     if num_spectra is None:
@@ -126,6 +140,9 @@ def analyze(
         np.asarray(near.distance[:, 0]),
         np.asarray(near.index[:, 0]),
         memorized,
+        novel,
+        threshold,
+        ratio,
         np.asarray(states),
         np.asarray(ts),
         levels,
@@ -133,6 +150,20 @@ def analyze(
         exact,
         {name: np.asarray(value) for name, value in angles.items()},
     )
+
+
+def _novelty(
+    samples: np.ndarray, train: np.ndarray, seed: int
+) -> tuple[float, float] | tuple[None, None]:
+    """The generalization score, and its threshold from training examples among each other."""
+    apart = min(len(train) // 5, _APART)
+    if apart < 100 or not np.isfinite(samples).all():
+        return None, None
+    rows = np.random.default_rng(seed).permutation(len(train))
+    held_out, others = train[rows[:apart]], train[rows[apart:]]
+    threshold = jax.jit(generalization.calibrate_threshold)(held_out, others)
+    novel = jax.jit(generalization.generalization_score)(samples, train, threshold)
+    return float(novel), float(threshold)
 
 
 def _spectrum(

@@ -109,6 +109,10 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
         "samples": measured.samples,
         "nearest_distance": measured.distance,
         "nearest_index": measured.index,
+        "memorized_fraction": measured.memorized,
+        "generalization_score": measured.novel,
+        "threshold": measured.threshold,
+        "distance_ratio_score": measured.distance_ratio,
         "sigmas": measured.sigmas,
         "ts": measured.ts,
         "trajectory": measured.trajectory,
@@ -158,6 +162,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             else None,
             "parameters": (net.num_params, net.name),
             "sampler": f"{config.sample.solver}, {config.sample.num_steps} steps",
+            **_copying(measured),
         },
         neighbors=reporting.Neighbors(
             measured.samples[:shown],
@@ -197,6 +202,21 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
     )
 
 
+def _copying(measured: Any) -> dict[str, tuple[str, str]]:
+    """What was measured of copies beside the memorized fraction: label to value and meaning."""
+    found = {}
+    if measured.novel is not None:
+        found["new samples"] = (
+            f"{100 * measured.novel:.1f} %",
+            f"cosine to every training example at most {measured.threshold:.3f}, as of 99 % of "
+            "training examples to the others",
+        )
+    if measured.distance_ratio is not None:
+        meaning = "mean distance to the training data, over that of fresh examples"
+        found["distance ratio"] = (f"{measured.distance_ratio:.2f}", meaning)
+    return found
+
+
 def _versions(path: pathlib.Path) -> dict[str, str]:
     try:
         found = json.loads((path / "versions.json").read_text(encoding="utf-8"))
@@ -211,6 +231,7 @@ def _summary(measured: Any) -> str:
     lines = [f"nearest training example: median distance {np.median(measured.distance):.3g}"]
     if measured.memorized is not None:
         lines.append(f"memorized samples: {100 * measured.memorized:.1f} %")
+    lines += [f"{name}: {value} ({note})" for name, (value, note) in _copying(measured).items()]
     mean = measured.spectrum.rank_ratio.mean(1)
     low = int(np.argmin(mean))
     lines.append(

@@ -255,8 +255,8 @@ def distance_ratio_score(
 def pixel_novelty(samples: ArrayLike, train: ArrayLike) -> Float[Array, ""]:
     """Return the mean distance to the nearest training example over the sample's own norm.
 
-    ``E min_i |x - y_i| / |x|``. The paper reads more than 0.6 as generalizing; another range of the
-    pixels moves all values, so take that of the paper's models, [-1, 1].
+    ``E min_i |x - y_i| / |x|``. The paper reads more than 0.6 as generalizing. Another range of the
+    pixels moves all values: state it with them.
 
     Args:
         samples: ``[b, *data]``, generated; none of them all zeros.

@@ -278,6 +278,12 @@ def test_analysis_measures_and_reports(trained, capsys):
     apart = np.linalg.norm(found["samples"][:, None] - dataset.images[None], axis=-1)
     np.testing.assert_allclose(found["nearest_distance"], apart.min(1), rtol=1e-4)
     np.testing.assert_array_equal(found["nearest_index"], apart.argmin(1))
+    fresh, _ = dataset.truth.sample(jax.random.key(3), 12)
+    far = np.linalg.norm(np.asarray(fresh)[:, None] - dataset.images[None], axis=-1).min(1)
+    np.testing.assert_allclose(
+        found["distance_ratio_score"], apart.min(1).mean() / far.mean(), 1e-4
+    )
+    assert "distance ratio: " in said and "generalization_score" not in found  # too few examples
     # 18 steps; two frames of rank 6 in dimension 48 can never show more than 12 directions.
     assert found["singular_values"].shape == (18, 2, 48)
     assert (found["rank_ratio"] <= 12 / 48 + 1e-6).all()
@@ -300,6 +306,20 @@ def test_analysis_measures_and_reports(trained, capsys):
     assert report.lower().startswith("<!doctype html>")
     for text in ("Configuration", "Subspaces", "lowdim sample --run"):
         assert text in report
+
+
+@pytest.mark.slow
+def test_training_images_are_no_new_samples_and_held_out_ones_are():
+    from lowdim_diffusion import data
+    from lowdim_diffusion.cli import analysis
+
+    train, held_out = data.load("digits").split(1500)
+    novel, threshold = analysis._novelty(train.floats()[:297], train.floats(), 0)
+    assert novel == 0 and 0.9 < threshold < 1
+    novel, _ = analysis._novelty(held_out.floats(), train.floats(), 0)
+    assert novel == pytest.approx(0.99, abs=0.015)
+    bad = held_out.floats() * np.nan
+    assert analysis._novelty(bad, train.floats(), 0) == (None, None)
 
 
 @pytest.mark.slow
