@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import hidden_gaussian, jacobian_rank, phase_transition
+from experiments import hidden_gaussian, jacobian_rank, phase_transition, probability_flow_distance
 from lowdim_diffusion import training
 
 
@@ -126,3 +126,28 @@ def test_hidden_gaussian_writes_its_results(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "hidden_gaussian.csv").read_text().splitlines()
     assert len(rows) == 1 + 10 * (3 + 2 + 2) and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", probability_flow_distance.PARTS)
+def test_probability_flow_distance_writes_its_results(part, tmp_path):
+    command = [sys.executable, "-m", "experiments.probability_flow_distance", "--preset", "smoke"]
+    command += ["--part", part, "--ranks", "6", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / f"{part}.csv").read_text().splitlines()
+    assert len(rows) == 1 + {"mixture": 4, "time": 2, "digits": 4}[part]
+    assert "e_gen" in rows[0] and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_students_turn_from_their_data_to_their_teacher(tmp_path):
+    """Check 20 at small size: E_gen falls with N and crosses E_mem."""
+    preset = probability_flow_distance.PRESETS["smoke"]._replace(
+        ratios=(2, 60), num_seeds=1, num_steps=2000, width=96, num_noises=200
+    )
+    rows, _ = probability_flow_distance.run_mixture(preset, tmp_path, 0, (6,))
+    few, many = rows
+    assert few["e_gen"] > 0.85 and many["e_gen"] < 0.6
+    assert few["e_mem"] < few["e_gen"] - 0.2 and many["e_gen"] < many["e_mem"] - 0.1
+    assert 2 < probability_flow_distance.crossing(rows, "ratio") < 60
