@@ -1,7 +1,8 @@
 """Intrinsic dimension of image sets by their neighbours, and of an exact law by its denoiser.
 
 - Data: every estimator of ``subspaces.dimension`` that reads samples, on the built-in digits and,
-  with ``--data DIR``, on ``DIR/mnist``, ``DIR/fashion-mnist`` and ``DIR/cifar10`` where they are.
+  with ``--data DIR``, on ``DIR/mnist``, ``DIR/fashion-mnist``, ``DIR/cifar10``,
+  ``DIR/extended-yale-b`` (48x42 pixels) and ``DIR/coil20`` where they are.
   Beside each estimate stands a float64 reference on the same examples, and the published number,
   each in its own normaliser: the published MLE values are the k - 2 variant of the inverse mean,
   which at k = 3 is half of the unbiased one.
@@ -32,7 +33,13 @@ FOLDERS = {
     "MNIST": ("mnist", "MNIST"),
     "Fashion-MNIST": ("fashion-mnist", "fashion_mnist", "FashionMNIST"),
     "CIFAR-10": ("cifar10", "cifar-10", "cifar-10-batches-py"),
+    "Extended Yale B": ("extended-yale-b", "CroppedYale"),
+    "COIL-20": ("coil20", "coil-20"),
 }
+SPLITS = {"CIFAR-10": "train", "Extended Yale B": None, "COIL-20": None}
+"""Where the preset's split is not meant: the first examples of CIFAR-10 are its first batch's."""
+PREFERRED = {"CIFAR-10": "*python*", "Extended Yale B": "*48x42*"}
+"""The archive meant where a folder holds several: the lossless one, the one of reduced size."""
 
 PUBLISHED = {"MNIST": (7, 11, 12, 13), "CIFAR-10": (13, 21, 25, 26)}
 """Pope et al. 2021, inverse mean with k - 2 at k = 3, 5, 10, 20; whole training sets."""
@@ -60,6 +67,8 @@ _MEASURED: dict[tuple[str, str, int], tuple[float, ...]] = {
     ("Fashion-MNIST", "train", 60000): (14.93, 14.55, 17.16, 15.64, 14.17, 84, 187, 459, 7.90),
     ("CIFAR-10", "train", 2000): (21.78, 19.45, 21.14, 27.92, 26.96, 94, 192, 517, 9.47),
     ("CIFAR-10", "train", 4000): (24.03, 21.73, 23.77, 30.08, 27.98, 96, 202, 581, 9.35),
+    ("Extended Yale B", "", 2414): (6.67, 7.36, 8.45, 6.94, 7.30, 19, 48, 186, 3.79),
+    ("COIL-20", "", 1440): (3.07, 3.35, 3.93, 6.28, 6.34, 40, 84, 262, 8.64),
 }
 REFERENCE = {
     (*key, *column): value
@@ -116,9 +125,8 @@ def image_sets(root: pathlib.Path | None, preset: Preset) -> dict[tuple[str, str
         folder = next((root / f for f in folders if (root / f).exists()), None)
         if folder is None:
             continue
-        # The first examples of CIFAR-10 are those of its first training batch.
-        split = "train" if name == "CIFAR-10" else preset.split
-        found[name, split] = _load(folder, split)
+        split = SPLITS.get(name, preset.split)
+        found[name, split or ""] = _load(folder, split, PREFERRED.get(name))
     limit = preset.num_examples
     if root is not None and len(found) == 1:
         names = ", ".join(folders[0] for folders in FOLDERS.values())
@@ -127,16 +135,17 @@ def image_sets(root: pathlib.Path | None, preset: Preset) -> dict[tuple[str, str
     for (name, split), dataset in found.items():
         most = 4000 if name == "CIFAR-10" and limit == 10_000 else limit
         x = dataset.images[:most]
-        sets[name, split] = x.reshape(len(x), -1).astype(np.float32) / 255
+        x = x.reshape(len(x), -1).astype(np.float32)
+        sets[name, split] = x / 255 if dataset.images.dtype == np.uint8 else (x + 1) / 2
     return sets
 
 
-def _load(folder: pathlib.Path, split: str) -> data.Dataset:
-    """What the folder holds, or, of several archives in it, the lossless one."""
+def _load(folder: pathlib.Path, split: str | None, preferred: str | None) -> data.Dataset:
+    """What the folder holds, or, of several archives in it, the one that is meant."""
     try:
         return data.load(folder, split=split)
     except data.DataError:
-        archives = sorted(folder.glob("*python*")) if folder.is_dir() else []
+        archives = sorted(folder.glob(preferred)) if preferred and folder.is_dir() else []
         if not archives:
             raise
         return data.load(archives[0], split=split)

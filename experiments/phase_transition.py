@@ -4,12 +4,15 @@ Three parts (``--part`` takes some of them):
 
 - ``maps``: success rate over the subspace dimension d and the samples per subspace N_k, n = 48, for
   principal components (K = 1), K-subspaces with mutually orthogonal frames (K = 2, 3; several
-  starts, and one random start) and low-rank denoisers trained on noise (K = 1, 2, 3), for noise of
-  standard deviation 0, .01 and .1. Success: every component within .5 of its match (projector
-  distance). Theory puts the boundary at N_k = d.
-- ``collapse``: a neural denoiser trained on N_k samples of each of two subspaces. Its
+  starts, and one random start) and low-rank denoisers trained on noise (K = 1, 2, 3; soft and hard
+  assignment), for noise of standard deviation 0, .01 and .1. Success: every component within .5 of
+  its match (projector distance). Theory puts the boundary at N_k = d.
+- ``collapse``: a neural denoiser (``--network``: an MLP, or a U-Net that takes the 48 numbers for
+  a 4x4 picture of three colours) trained on N_k samples of each of two subspaces. Its
   generalization score against N_k / d is one curve for all d. The score here is GL_synth: distance
-  of generated samples to the nearest training point, over the same for fresh true samples.
+  of generated samples to the nearest training point, over the same for fresh true samples. Nothing
+  is augmented: flips and rotations of such pictures, as the released code has them, leave the
+  subspaces.
 - ``ranks``: the figure of ``experiments.jacobian_rank``.
 
 References:
@@ -20,7 +23,7 @@ import argparse
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +50,8 @@ from lowdim_diffusion import (
 DIM = 48
 SUCCESS = 0.5
 PARTS = ("maps", "collapse", "ranks")
+SHAPES = {"mlp": (DIM,), "unet": (4, 4, 3)}
+"""What each network takes an example for."""
 
 
 class Preset(NamedTuple):
@@ -62,12 +67,16 @@ class Preset(NamedTuple):
     ratios: tuple[int, ...]
     network_steps: int
     width: int
+    channels: int
     num_samples: int
     num_models: int
+    networks: tuple[str, ...]
 
 
 PRESETS = {
-    "smoke": Preset((2, 3), (1, 2, 3, 4), (0.0,), 2, 2, 60, 2, (2, 15), 40, 16, 32, 1),
+    "smoke": Preset(
+        (2, 3), (1, 2, 3, 4), (0.0,), 2, 2, 60, 2, (2, 15), 40, 16, 8, 32, 1, ("mlp", "unet")
+    ),
     "cpu": Preset(
         tuple(range(2, 9)),
         tuple(range(2, 17)),
@@ -79,8 +88,10 @@ PRESETS = {
         (2, 6, 15, 30, 60, 120, 400),
         3000,
         256,
+        16,
         1000,
         1,
+        ("mlp",),
     ),
     "paper": Preset(
         tuple(range(2, 9)),
@@ -93,8 +104,10 @@ PRESETS = {
         (2, 4, 6, 10, 15, 30, 60, 120, 400),
         12000,
         256,
+        64,
         1000,
         5,
+        ("mlp", "unet"),
     ),
 }
 
@@ -210,6 +223,10 @@ def learners(preset: Preset) -> dict[str, tuple[int, Learner]]:
                 k,
                 functools.partial(fit, assignment="soft", start="mixed", count=several),
             ),
+            f"denoiser, hard, K = {k}": (
+                k,
+                functools.partial(fit, assignment="hard", start="mixed", count=several),
+            ),
             f"denoiser, random starts, K = {k}": (
                 k,
                 functools.partial(fit, assignment="soft", start="random", count=several),
@@ -271,8 +288,20 @@ def rate(rows: list[dict[str, Any]], method: str, noise: float, preset: Preset) 
 # ---- generalization of a neural denoiser --------------------------------------------------------
 
 
-def generalization(point: dict[str, Any], preset: Preset) -> dict[str, jax.Array]:
-    """Train an MLP on N_k = ratio d samples of each of two subspaces; score what it generates."""
+def neural(name: str, preset: Preset) -> networks.Network:
+    """The network of a name, for 48 numbers."""
+    if name == "unet":
+        mult = (2, 2, 2)
+        return networks.make(
+            "unet", data_shape=SHAPES[name], channels=preset.channels, channel_mult=mult
+        )
+    return networks.make("mlp", data_shape=SHAPES[name], width=preset.width, depth=3)
+
+
+def generalization(
+    point: dict[str, Any], preset: Preset, network: str = "mlp"
+) -> dict[str, jax.Array]:
+    """Train a network on N_k = ratio d samples of each of two subspaces; score what it makes."""
     max_rank, num_components = 6, 2
     rank, ratio = point["rank"], point["ratio"]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(point["seed"]), rank), ratio)
@@ -290,12 +319,12 @@ def generalization(point: dict[str, Any], preset: Preset) -> dict[str, jax.Array
     x = draw(data_key, most)
     schedule = schedules.VE()
     data_std = jnp.sqrt(rank / DIM)
-    net = networks.make("mlp", data_shape=(DIM,), width=preset.width, depth=3)
+    net = neural(network, preset)
     loss_fn = losses.make_loss(net, schedule, data_std=data_std)
 
     def batch(key: Any, step: Any) -> dict[str, jax.Array]:
         rows = jax.random.randint(jax.random.fold_in(key, step), (256,), 0, total)
-        return {"x": x[rows]}
+        return {"x": x[rows].reshape(-1, *net.data_shape)}
 
     params, metrics = training.fit(
         fit_key,
@@ -308,10 +337,10 @@ def generalization(point: dict[str, Any], preset: Preset) -> dict[str, jax.Array
     )
     denoise_fn = denoisers.from_network(net, params, schedule, data_std=data_std)
     ts = schedules.karras_grid(18)
-    shape = (preset.num_samples, DIM)
+    shape = (preset.num_samples, *net.data_shape)
     generated = sampling.sample(
         sample_key, denoise_fn, schedule, ts, shape, solver=solvers.heun()
-    ).x
+    ).x.reshape(-1, DIM)
 
     def nearest(samples: jax.Array) -> jax.Array:
         """Distances to the nearest two training points."""
@@ -333,22 +362,27 @@ def generalization(point: dict[str, Any], preset: Preset) -> dict[str, jax.Array
     }
 
 
-def collapse(preset: Preset, out: pathlib.Path, seed: int) -> list[dict[str, Any]]:
+def collapse(
+    preset: Preset, names: Sequence[str], out: pathlib.Path, seed: int
+) -> list[dict[str, Any]]:
     """Run the neural denoisers; return tidy rows."""
     grid = {
         "rank": (3, 6),
         "ratio": preset.ratios,
         "seed": seed + np.arange(preset.num_models),
     }
-    found = training.sweep(
-        functools.partial(generalization, preset=preset),
-        grid,
-        batch_size=1,
-        chunk=1,
-        path=out / "chunks" / "collapse",
-        progress="neural denoisers",
-    )
-    return rows_of(training.table(found))
+    rows = []
+    for name in names:
+        found = training.sweep(
+            functools.partial(generalization, preset=preset, network=name),
+            grid,
+            batch_size=1,
+            chunk=1,
+            path=out / "chunks" / f"collapse-{name}",
+            progress=f"neural denoisers ({name})",
+        )
+        rows += [{"network": name, **row} for row in rows_of(training.table(found))]
+    return rows
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -393,11 +427,11 @@ def around(rows: list[dict[str, Any]], method: str, noise: float) -> list[str]:
 def report_collapse(report: Any, rows: list[dict[str, Any]], out: pathlib.Path) -> None:
     """Figure and table of the generalization scores."""
     lines = {}
-    for rank in sorted({r["rank"] for r in rows}):
-        mine = [r for r in rows if r["rank"] == rank]
+    for network, rank in sorted({(r["network"], r["rank"]) for r in rows}):
+        mine = [r for r in rows if (r["network"], r["rank"]) == (network, rank)]
         ratios = sorted({r["ratio"] for r in mine})
         mean = [np.mean([r["gl"] for r in mine if r["ratio"] == q]) for q in ratios]
-        lines[f"d = {rank}"] = (ratios, mean)
+        lines[f"{network}, d = {rank}"] = (ratios, mean)
     figure = reporting.figures.curves(
         lines,
         xlabel="samples per dimension N_k / d",
@@ -414,7 +448,8 @@ def report_collapse(report: Any, rows: list[dict[str, Any]], out: pathlib.Path) 
         "training; that they collapse is the law.",
     )
     columns = list(rows[0])
-    report.table(columns, [[f"{row[c]:.3g}" for c in columns] for row in rows])
+    cells = [[row["network"], *(f"{row[c]:.3g}" for c in columns[1:])] for row in rows]
+    report.table(columns, cells)
 
 
 def main() -> int:
@@ -425,6 +460,7 @@ def main() -> int:
         "--out", type=pathlib.Path, default=pathlib.Path("results/phase_transition")
     )
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--network", choices=SHAPES, nargs="+", help="of the collapse")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, default=None, help="all by default")
     options = parser.parse_args()
@@ -438,7 +474,7 @@ def main() -> int:
         write_csv(out / "success.csv", rows)
         report_maps(report, rows, preset, out)
     if "collapse" in options.part:
-        rows = collapse(preset, out, options.seed)
+        rows = collapse(preset, options.network or preset.networks, out, options.seed)
         write_csv(out / "collapse.csv", rows)
         report_collapse(report, rows, out)
     if "ranks" in options.part:

@@ -177,6 +177,7 @@ def methods(preset: Preset) -> dict[str, Method]:
         "k-means": k_means,
         "SSC-OMP": sparse(subspaces.ssc_omp),
         "EnSC": sparse(subspaces.ensc),
+        "TSC": sparse(subspaces.tsc),
         "LSR": sparse(subspaces.lsr),
         "K-subspaces, 30 random starts": clustered("random", 30),
         "K-subspaces": clustered("mixed", 8),
@@ -222,8 +223,41 @@ def mean_of(rows: list[dict[str, Any]], column: str) -> str:
     return f"{np.mean(values):.3f}" if values else ""
 
 
+PAGE = """# Subspace clustering in numbers
+
+Training a low-rank denoiser is subspace clustering, so here it stands beside the methods of that
+field. Accuracy of every method, told K and d, as the mean over the random problems; in brackets the
+error of the subspaces found (projector distance to the matched true one, over its largest value)
+where the truth is known. Unions have 2 d points on each of K random subspaces and no noise; faces
+are the first subjects of Extended Yale B.
+
+This page is what the experiment wrote beside its table of all scores:
+
+```sh
+{command}
+```
+
+{table}
+"""
+
+
+def page(rows: list[dict[str, Any]], command: str) -> str:
+    """Return the results as a page of the documentation: methods down, problems across."""
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    lines = [["method", *names], ["---"] + ["--:"] * len(names)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [method]
+        for name in names:
+            mine = [row for row in rows if (row["data"], row["method"]) == (name, method)]
+            error = mean_of(mine, "error")
+            cells.append(mean_of(mine, "accuracy") + (f" ({error})" if error else ""))
+        lines.append(cells)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return PAGE.format(command=command, table=table)
+
+
 def main() -> int:
-    """Write ``subspace_clustering.csv`` and a report."""
+    """Write ``subspace_clustering.csv``, ``subspace_clustering.md`` and a report."""
     parser = argparse.ArgumentParser(prog="python -m experiments.subspace_clustering")
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--faces", help="Extended Yale B, a zip or folder with one folder each")
@@ -235,6 +269,10 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     rows = run(PRESETS[options.preset], options.faces, options.seed)
     write_csv(options.out / "subspace_clustering.csv", rows)
+    faces = " --faces CroppedYale.zip" if options.faces else ""
+    command = f"python -m experiments.subspace_clustering --preset {options.preset}{faces}"
+    text = page(rows, command)
+    (options.out / "subspace_clustering.md").write_text(text, encoding="utf-8")
     report = reporting.Report("Subspace clustering", f"preset {options.preset}")
     names = list(dict.fromkeys(row["method"] for row in rows))
     for name in dict.fromkeys(row["data"] for row in rows):

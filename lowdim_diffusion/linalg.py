@@ -55,6 +55,54 @@ def orthonormalize(a: Float[Array, "*k dim rank"]) -> Float[Array, "*k dim rank"
     return q * sign[..., None, :]
 
 
+def column_space(a: Float[Array, "*k dim rank"]) -> Float[Array, "*k dim m"]:
+    r"""Return an orthonormal basis of the column space, padded with zero columns.
+
+    Zero and dependent columns of ``a`` add no dimension: that many of the ``m = min(dim, rank)``
+    returned columns are zero, the last ones. Scales do not matter, neither that of ``a`` nor those
+    of its columns. The basis is ``A W`` with ``W = V S^{-1}`` from the singular value decomposition
+    of ``A`` with unit columns; among all bases of the moving space the derivative is that of the
+    one which does not turn inside it,
+
+    .. math:: dU = (I - U U^T)\, dA\, W,
+
+    so that what depends on the space alone has its true gradient, also where singular values
+    coincide, and a finite one where columns are zero or dependent.
+
+    Args:
+        a: ``[..., dim, rank]``, any columns, in any number.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> abs(column_space(jnp.array([[3.0, 0.0, -1.0], [0.0, 0.0, 0.0]]))).tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), axis=-2, keepdims=True))
+    a = jnp.where(largest == 0, 0, a / jnp.where(largest == 0, 1, largest))
+    norm = jax.lax.stop_gradient(jnp.linalg.norm(a, axis=-2, keepdims=True))
+    return _column_space(a / jnp.where(norm == 0, 1, norm))[0]
+
+
+@jax.custom_jvp
+def _column_space(a: Array) -> tuple[Array, Array]:
+    q, r = jnp.linalg.qr(a)
+    left, s, right = jnp.linalg.svd(r, full_matrices=False)
+    tol = 10 * max(a.shape[-2:]) * jnp.finfo(s.dtype).eps
+    there = ~(s <= tol * s[..., :1])[..., None, :]  # NaN stays
+    u = jnp.where(there, jnp.matmul(q, left, precision=_HIGHEST), 0)
+    w = jnp.where(there, jnp.swapaxes(right, -1, -2) / jnp.where(there, s[..., None, :], 1), 0)
+    return u, w
+
+
+@_column_space.defjvp
+def _column_space_jvp(primals: tuple[Any], tangents: tuple[Any]) -> Any:
+    u, w = _column_space(*primals)
+    mm = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
+    moved = mm(tangents[0], w)
+    inside = mm(jnp.swapaxes(u, -1, -2), moved)
+    return (u, w), (moved - mm(u, inside), -mm(w, inside))
+
+
 def check_frames(where: str, name: str, bases: Any) -> None:
     """Raise unless the columns of concrete ``bases [..., dim, rank]`` are orthonormal or zero.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 import subprocess
 import sys
 
@@ -57,7 +58,11 @@ def test_phase_transition_writes_its_results(part, tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     table = {"maps": "success", "collapse": "collapse", "ranks": "jacobian_rank"}[part]
     assert {"report.html", f"{table}.csv"} <= names
-    assert len((tmp_path / f"{table}.csv").read_text().splitlines()) > 4
+    lines = (tmp_path / f"{table}.csv").read_text().splitlines()
+    assert len(lines) > 4
+    if part == "collapse":
+        assert {line.split(",")[0] for line in lines[1:]} == {"mlp", "unet"}
+        assert "nan" not in "".join(lines)
 
 
 @pytest.mark.slow
@@ -66,7 +71,9 @@ def test_subspace_clustering_writes_its_results(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "subspace_clustering.csv").read_text().splitlines()
-    assert len(rows) == 1 + 4 * 9 and (tmp_path / "report.html").exists()
+    assert len(rows) == 1 + 4 * 10 and (tmp_path / "report.html").exists()
+    text = (tmp_path / "subspace_clustering.md").read_text()
+    assert "--preset smoke\n" in text and len(re.findall(r"^\| \S", text, re.M)) == 2 + 10
     solved = [row for row in rows if row.startswith('"union') and "K-subspaces,1.0" in row]
     assert len(solved) == 3
 

@@ -6,7 +6,6 @@ as scripts do. The PyTorch loop is left out where torch is not installed.
 """
 
 import importlib.util
-import time
 from typing import Any
 
 import jax
@@ -32,16 +31,13 @@ def _points(key: Any) -> jax.Array:
 
 
 def _sweep(num_trainings: int, num_steps: int) -> Variant:
-    def fit(key: Any) -> jax.Array:
-        found = training.fit_subspaces(key, _points(key), 1, RANK, num_steps=num_steps)
+    def fit(point: dict[str, Any]) -> jax.Array:
+        data_key, fit_key = jax.random.split(jax.random.key(point["seed"]))
+        found = training.fit_subspaces(fit_key, _points(data_key), 1, RANK, num_steps=num_steps)
         return found.loss
 
-    keys = jax.random.split(jax.random.key(0), num_trainings)
-    begin = time.perf_counter()
-    program = jax.jit(lambda keys: jax.lax.map(fit, keys, batch_size=64)).lower(keys).compile()
-    compile_s = time.perf_counter() - begin
-    call = lambda: jax.block_until_ready(program(keys))
-    return Variant("one program", call, num_trainings, compile_s)
+    call = lambda: training.sweep(fit, {"seed": range(num_trainings)}, chunk=num_trainings)
+    return Variant("training.sweep, compiled each time", call, num_trainings)
 
 
 def _loop(num_trainings: int, num_steps: int) -> Variant:
@@ -58,10 +54,10 @@ def _loop(num_trainings: int, num_steps: int) -> Variant:
 
     def call() -> None:
         for seed in range(num_trainings):
-            key = jax.random.key(seed)
-            x, state = _points(key), training.init_state(net.init(key), optimizer)
+            data_key, init_key, fit_key = jax.random.split(jax.random.key(seed), 3)
+            x, state = _points(data_key), training.init_state(net.init(init_key), optimizer)
             for _ in range(num_steps):
-                state, _ = step(state, {"x": x}, jax.random.fold_in(key, state.step))
+                state, _ = step(state, {"x": x}, jax.random.fold_in(fit_key, state.step))
             jax.block_until_ready(state)
 
     return Variant("Python loop over a jitted step", call, num_trainings)

@@ -43,6 +43,7 @@ from lowdim_diffusion.subspaces.sparse import (
     sparse_subspace_clustering,
     spectral_clustering,
     ssc_omp,
+    tsc,
 )
 from lowdim_diffusion.subspaces.spectra import numerical_rank, pca
 
@@ -84,4 +85,5 @@ __all__ = [
     "ssc_omp",
     "starts",
     "step_length",
+    "tsc",
 ]

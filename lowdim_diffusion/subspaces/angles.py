@@ -16,7 +16,7 @@ distance                formula                                         range
 ======================  ==============================================  =====================
 
 All take *any* full-rank frames ``[..., n, rank]``: columns need not be orthonormal, and their
-scales do not matter. Leading axes broadcast.
+scales do not matter. Leading axes broadcast, and the result has them.
 
 References:
     Bjorck & Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3; Knyazev & Argentati 2002,
@@ -27,44 +27,32 @@ import jax
 import jax.numpy as jnp
 
 from lowdim_diffusion._checks import fail, is_concrete
-from lowdim_diffusion._types import Array, Bool, Float
-from lowdim_diffusion.linalg import safe_sqrt
+from lowdim_diffusion._types import Array, Float, Int
+from lowdim_diffusion.linalg import column_space, safe_sqrt
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _same_space(where: str, u: Array, v: Array) -> tuple[Array, Array]:
+def _same_space(where: str, names: tuple[str, str], u: Array, v: Array) -> tuple[Array, Array]:
     """Both in one floating dtype; refuses frames of different ambient dimension."""
+    for name, a in zip(names, (u, v), strict=True):
+        if a.ndim < 2:
+            fix = "a single vector is a[:, None]"
+            raise fail(where, f"wrong shape of {name}", "[..., n, rank]", a.shape, fix)
     if u.shape[-2] != v.shape[-2]:
-        raise fail(where, "ambient dimensions differ", f"{u.shape[-2]} rows in v", v.shape[-2])
+        expected = f"{u.shape[-2]} rows in {names[1]}"
+        raise fail(where, "ambient dimensions differ", expected, v.shape[-2])
     dtype = jnp.promote_types(jnp.result_type(u, v), jnp.float32)
     return u.astype(dtype), v.astype(dtype)
 
 
-def _full_rank(r: Array) -> Bool[Array, "*k"]:
-    """Whether the triangular factor of a frame with unit columns has numerical full rank."""
-    s = jnp.linalg.svd(jax.lax.stop_gradient(r), compute_uv=False)
-    tol = 10 * r.shape[-1] * jnp.finfo(r.dtype).eps
-    return s[..., -1] > tol * jnp.maximum(s[..., 0], 1)
-
-
-def _orthonormal(where: str, name: str, a: Array, present: Array | None = None) -> Array:
-    """Orthonormal frame of the span of ``a``; refuses or marks with NaN a rank-deficient one.
-
-    Columns that are not ``present`` are zero, come last and stay zero.
-    """
+def _spanned(where: str, name: str, a: Array, columns: Array | int) -> Array:
+    """Orthonormal basis of the span of ``a``; refuses or marks with NaN one of lower dimension."""
     dim, rank = a.shape[-2:]
     if rank > dim or rank == 0:
         raise fail(where, f"wrong number of columns in {name}", f"1 to {dim} (its rows)", rank)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(a), axis=-2, keepdims=True))
-    a = a / jnp.where(largest > 0, largest, 1)  # two steps, so that no square over- or underflows
-    q, r = jnp.linalg.qr(a)
-    norms = jnp.linalg.norm(jax.lax.stop_gradient(r), axis=-2, keepdims=True)
-    r = r / jnp.where(norms > 0, norms, 1)
-    if present is not None:
-        q = jnp.where(present[..., None, :], q, 0)
-        r = jnp.where(present[..., None, :], r, jnp.eye(rank, dtype=r.dtype))
-    ok = _full_rank(r)
+    basis = column_space(a)
+    ok = jnp.all(jnp.isfinite(basis), axis=(-2, -1)) & (_num_nonzero(basis) == columns)
     if is_concrete(ok) and not bool(jnp.all(ok)):
         raise fail(
             where,
@@ -73,7 +61,12 @@ def _orthonormal(where: str, name: str, a: Array, present: Array | None = None) 
             "a lower rank, or entries that are not finite",
             "drop zero and repeated columns",
         )
-    return jnp.where(ok[..., None, None], q, jnp.nan)
+    return jnp.where(ok[..., None, None], basis, jnp.nan)
+
+
+def _num_nonzero(a: Array) -> Int[Array, "*k"]:
+    """How many columns are not zero."""
+    return jnp.sum(jnp.any(a != 0, axis=-2), axis=-1)
 
 
 def principal_angles(
@@ -104,9 +97,12 @@ def principal_angles(
         >>> print(f"{principal_angles(u, v)[0]:.3g}")
         1e-06
     """
-    where = "principal_angles"
-    u, v = _same_space(where, u, v)
-    u, v = _orthonormal(where, "u", u), _orthonormal(where, "v", v)
+    return _angles("principal_angles", u, v)
+
+
+def _angles(where: str, u: Array, v: Array) -> Array:
+    u, v = _same_space(where, ("u", "v"), u, v)
+    u, v = (_spanned(where, name, a, a.shape[-1]) for name, a in (("u", u), ("v", v)))
     if u.shape[-1] > v.shape[-1]:
         u, v = v, u
     lead = jnp.broadcast_shapes(u.shape[:-2], v.shape[:-2])
@@ -121,15 +117,6 @@ def principal_angles(
     by_sin = jnp.arcsin(jnp.clip(jnp.where(wide, 0.5, sin), 0, 1))
     # NaN cosines fall to the sine's branch, which is NaN as well. Rounding may swap neighbours.
     return jnp.sort(jnp.where(wide, by_cos, by_sin), axis=-1)
-
-
-def _frame(where: str, name: str, a: Array) -> tuple[Array, Array]:
-    """Orthonormal frame of the span, its last columns zero for absent ones, and its dimension."""
-    present = jnp.any(a != 0, axis=-2)
-    order = jnp.argsort(~present, axis=-1, stable=True)  # or QR would make directions of the zeros
-    a = jnp.take_along_axis(a, order[..., None, :], axis=-1)
-    present = jnp.take_along_axis(present, order, axis=-1)
-    return _orthonormal(where, name, a, present), jnp.sum(present, axis=-1)
 
 
 def projector_distance(
@@ -149,14 +136,21 @@ def projector_distance(
         >>> float(projector_distance(eye[:, :2], eye[:, :3]))
         1.0
     """
-    where = "projector_distance"
-    u, v = _same_space(where, u, v)
-    (u, p), (v, q) = _frame(where, "u", u), _frame(where, "v", v)
+    return named_projector_distance("projector_distance", ("u", "v"), u, v)
+
+
+def named_projector_distance(where: str, names: tuple[str, str], u: Array, v: Array) -> Array:
+    """:func:`projector_distance`, with errors in the name of the function that calls it."""
+    u, v = _same_space(where, names, u, v)
+    p, q = _num_nonzero(u), _num_nonzero(v)
+    u, v = _spanned(where, names[0], u, p), _spanned(where, names[1], v, q)
+    lead = jnp.broadcast_shapes(p.shape, q.shape)
+    p, q = jnp.broadcast_to(p, lead), jnp.broadcast_to(q, lead)
 
     def outside(x: Array, y: Array) -> Array:
         """Squared sines of the angles from the span of ``x`` to that of ``y``."""
         yt = jnp.swapaxes(y, -1, -2)
-        x = jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2]) + x.shape[-2:])
+        x = jnp.broadcast_to(x, lead + x.shape[-2:])
         for _ in range(2):
             x = x - jnp.matmul(y, jnp.matmul(yt, x, precision=_HIGHEST), precision=_HIGHEST)
         return jnp.sum(x**2, axis=(-2, -1))
@@ -177,7 +171,7 @@ def spectral_distance(
         >>> float(spectral_distance(jnp.eye(3)[:, :1], jnp.array([[3.0], [4.0], [0.0]])))
         0.8...
     """
-    largest = jnp.sin(principal_angles(u, v)[..., -1])
+    largest = jnp.sin(_angles("spectral_distance", u, v)[..., -1])
     return largest if u.shape[-1] == v.shape[-1] else jnp.where(jnp.isnan(largest), largest, 1)
 
 
@@ -187,7 +181,7 @@ def chordal_distance(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> 
     With unequal dimensions this is the distance to the nearest subspace of the larger one.
     Arguments and errors as in :func:`principal_angles`.
     """
-    return safe_sqrt(jnp.sum(jnp.sin(principal_angles(u, v)) ** 2, axis=-1))
+    return safe_sqrt(jnp.sum(jnp.sin(_angles("chordal_distance", u, v)) ** 2, axis=-1))
 
 
 def geodesic_distance(
@@ -198,7 +192,7 @@ def geodesic_distance(
     With unequal dimensions this is the distance to the nearest subspace of the larger one.
     Arguments and errors as in :func:`principal_angles`.
     """
-    return safe_sqrt(jnp.sum(principal_angles(u, v) ** 2, axis=-1))
+    return safe_sqrt(jnp.sum(_angles("geodesic_distance", u, v) ** 2, axis=-1))
 
 
 def affinity(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Array, "*k3"]:
@@ -209,4 +203,4 @@ def affinity(u: Float[Array, "*k n p"], v: Float[Array, "*k2 n2 q"]) -> Float[Ar
     References:
         Soltanolkotabi & Candes 2012, arXiv 1112.4258, definition 1.2.
     """
-    return safe_sqrt(jnp.mean(jnp.cos(principal_angles(u, v)) ** 2, axis=-1))
+    return safe_sqrt(jnp.mean(jnp.cos(_angles("affinity", u, v)) ** 2, axis=-1))

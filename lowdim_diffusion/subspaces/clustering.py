@@ -30,7 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowdim_diffusion._checks import check_choice, check_int, check_range, fail, is_concrete
+from lowdim_diffusion._checks import (
+    check_choice,
+    check_int,
+    check_range,
+    check_shape,
+    fail,
+    is_concrete,
+)
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
 from lowdim_diffusion.linalg import check_frames, orthonormalize, polar, safe_sqrt
 
@@ -115,15 +122,15 @@ def k_subspaces(
     Examples:
         >>> import jax
         >>> from lowdim_diffusion import distributions, linalg, subspaces
-        >>> key = jax.random.key(0)
-        >>> bases = linalg.random_frames(key, 3, 48, 6, orthogonal=True)
-        >>> x, labels = distributions.MoLRG(bases).sample(key, 60)
+        >>> frame_key, sample_key, key = jax.random.split(jax.random.key(0), 3)
+        >>> bases = linalg.random_frames(frame_key, 3, 48, 6, orthogonal=True)
+        >>> x, labels = distributions.MoLRG(bases).sample(sample_key, 60)
         >>> found = k_subspaces(key, x, 3, 6, orthogonal=True)
         >>> bool(subspaces.match_components(bases, found.bases).distance.max() < 1e-3)
         True
     """
     where = "k_subspaces"
-    _check(where, x, num_components, rank, orthogonal, num_restarts, start)
+    check_problem(where, x, num_components, rank, orthogonal, num_restarts, start, active_rank)
     check_int(where, "max_iters", max_iters)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     num_samples, dim = x.shape
@@ -137,7 +144,7 @@ def k_subspaces(
     largest = jnp.max(jnp.abs(x))
     scale = jnp.where(largest > 0, largest, 1)
     x = x / scale  # fourth powers of the data are formed below
-    mask = _mask(where, x, rank, active_rank)
+    mask = _mask(x, rank, active_rank)
     first = _starts(key, x, num_components, rank, num_restarts, start, orthogonal, mask)
     bases = _climb(x, first, mask, orthogonal, max_iters)
     losses = jax.vmap(lambda b: _loss(x, b))(bases) * scale**2
@@ -164,20 +171,20 @@ def starts(
 
     Arguments and errors as there.
     """
-    _check("starts", x, num_components, rank, orthogonal, num_restarts, start)
+    where = "starts"
+    check_problem(where, x, num_components, rank, orthogonal, num_restarts, start, active_rank)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mask = _mask("starts", x, rank, active_rank)
+    mask = _mask(x, rank, active_rank)
     return _starts(key, x, num_components, rank, num_restarts, start, orthogonal, mask)
 
 
-def _mask(where: str, x: Array, rank: int, active_rank: Any) -> Array:
+def _mask(x: Array, rank: int, active_rank: Any) -> Array:
     if active_rank is None:
         return jnp.ones(rank, x.dtype)
-    check_range(where, "active_rank", active_rank, 1, rank)
     return (jnp.arange(rank) < active_rank).astype(x.dtype)
 
 
-def _check(
+def check_problem(
     where: str,
     x: Any,
     num_components: int,
@@ -185,12 +192,17 @@ def _check(
     orthogonal: bool,
     num_restarts: int,
     start: str,
+    active_rank: Any,
 ) -> None:
+    """Raise, in the name of ``where``, unless the arguments of :func:`starts` make sense."""
     check_int(where, "num_components", num_components)
     check_int(where, "rank", rank)
     check_int(where, "num_restarts", num_restarts)
     check_choice(where, "start", start, STARTS)
+    check_shape(where, "x", x, (None, None), "one example per row, flattened")
     num_samples, dim = x.shape
+    if active_rank is not None:
+        check_range(where, "active_rank", active_rank, 1, rank)
     if rank > dim:
         raise fail(where, "rank too large", f"at most the data's dimension {dim}", rank)
     if orthogonal and num_components * rank > dim:

@@ -101,6 +101,10 @@ def _prepare(where: str, x: ArrayLike) -> tuple[Float[Array, "num_samples n"], I
             got = f"NaN or infinity in {bad} of {len(x)} examples"
             raise fail(where, "values of x", "finite numbers", got, "remove those examples")
     x = x.reshape(len(x), math.prod(x.shape[1:]))
+    if x.dtype.kind in "iu":  # exact, and without overflow: differences are taken modulo 2^bits
+        x = (x - x.min(0)[None]).astype(f"uint{8 * x.dtype.itemsize}")
+        if isinstance(x, np.ndarray) and x.dtype.itemsize == 8:
+            x = x.astype(np.float64)  # jax would cut it to 32 bits
     if isinstance(x, np.ndarray) and x.dtype == np.float64:
         x = x - x.mean(0)[None]  # before an offset costs digits in float32
     x = jnp.asarray(x)

@@ -7,34 +7,34 @@ import jax.numpy as jnp
 
 from lowdim_diffusion._checks import fail
 from lowdim_diffusion._types import Array, Float, Int
+from lowdim_diffusion.linalg import column_space, project
 from lowdim_diffusion.subspaces._assignment import assign
-from lowdim_diffusion.subspaces.angles import projector_distance
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from lowdim_diffusion.subspaces.angles import named_projector_distance
 
 
 class Matching(NamedTuple):
     """Which learned component stands for which true one."""
 
-    perm: Int[Array, " num_true"]
-    """``perm[i]`` is the index of the learned component matched to the true component i."""
-    distance: Float[Array, " num_true"]
+    perm: Int[Array, "*k num_true"]
+    """``perm[..., i]`` is the index of the learned component matched to the true component i."""
+    distance: Float[Array, "*k num_true"]
     """Projector distance of each matched pair."""
 
 
 def match_components(
-    true_bases: Float[Array, "num_true n d"], bases: Float[Array, "num_learned n2 r"]
+    true_bases: Float[Array, "*k num_true n d"], bases: Float[Array, "*k2 num_learned n2 r"]
 ) -> Matching:
     """Return the one-to-one matching of components with the smallest sum of projector distances.
 
     Exact (the Hungarian method), and runs inside ``jit`` and ``vmap``.
 
     Args:
-        true_bases: ``[num_true, n, d]``, full-rank frames; zero columns count as absent.
-        bases: ``[num_learned, n, r]``, ``num_learned >= num_true``; surplus ones stay unmatched.
+        true_bases: ``[..., num_true, n, d]``, full-rank frames; zero columns count as absent.
+        bases: ``[..., num_learned, n, r]``, ``num_learned >= num_true``, of which surplus ones stay
+            unmatched; leading axes (restarts, seeds) broadcast against those of ``true_bases``.
 
     Returns:
-        ``(perm, distance)``, both ``[num_true]``. ``distance / sqrt(2 d)`` lies in [0, 1].
+        ``(perm, distance)``, both ``[..., num_true]``. ``distance / sqrt(2 d)`` lies in [0, 1].
 
     Raises:
         ValueError: if there are fewer learned components than true ones, or as
@@ -46,22 +46,28 @@ def match_components(
         >>> jax.jit(match_components)(bases, bases[jnp.array([2, 0, 1])]).perm.tolist()
         [1, 2, 0]
     """
-    if bases.shape[0] < true_bases.shape[0]:
+    where, names = "match_components", ("true_bases", "bases")
+    for name, a in zip(names, (true_bases, bases), strict=True):
+        if a.ndim < 3:
+            fix = "one component is a[None]"
+            raise fail(where, f"wrong shape of {name}", "[..., components, n, rank]", a.shape, fix)
+    if bases.shape[-3] < true_bases.shape[-3]:
         raise fail(
-            "match_components",
+            where,
             "too few components",
-            f"at least {true_bases.shape[0]}",
-            bases.shape[0],
+            f"at least {true_bases.shape[-3]}",
+            bases.shape[-3],
             "swap the arguments to match the learned ones to a part of the true ones",
         )
-    distances = projector_distance(true_bases[:, None], bases[None, :])
-    perm = assign(distances)
-    return Matching(perm, jnp.take_along_axis(distances, perm[:, None], axis=1)[:, 0])
+    each, every = true_bases[..., :, None, :, :], bases[..., None, :, :, :]
+    distances = named_projector_distance(where, names, each, every)
+    perm = jnp.vectorize(assign, signature="(i,j)->(i)")(distances)
+    return Matching(perm, jnp.take_along_axis(distances, perm[..., None], axis=-1)[..., 0])
 
 
 def off_span_energy(
-    x: Float[Array, "*b n"], bases: Float[Array, "num_components n2 d"]
-) -> Float[Array, "*b"]:
+    x: Float[Array, "*b n"], bases: Float[Array, "*k num_components n2 d"]
+) -> Float[Array, "*c"]:
     r"""Return the share of each vector's energy outside the sum of the subspaces.
 
     .. math:: 1 - \lVert P x \rVert^2 / \lVert x \rVert^2, \qquad
@@ -72,7 +78,8 @@ def off_span_energy(
 
     Args:
         x: ``[..., n]``; a zero vector has share 0.
-        bases: ``[K, n, d]``, any frames; they may overlap.
+        bases: ``[..., K, n, d]``, any frames; they may overlap. Leading axes broadcast against
+            those of ``x``, as in :func:`lowdim_diffusion.linalg.project`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -80,21 +87,21 @@ def off_span_energy(
         >>> off_span_energy(jnp.array([[1.0, 1.0, 0.0], [0.0, 3.0, 4.0]]), bases).tolist()
         [0.0, 0.6...]
     """
-    _check_space("off_span_energy", x, bases)
-    side_by_side = jnp.concatenate(list(bases), axis=-1)
-    return _share_outside(x, _basis(side_by_side))
+    x, bases = _same_space("off_span_energy", x, bases)
+    side_by_side = jnp.moveaxis(bases, -3, -2)
+    return _share_outside(x, side_by_side.reshape(*side_by_side.shape[:-2], -1))
 
 
 def off_union_energy(
-    x: Float[Array, "*b n"], bases: Float[Array, "num_components n2 d"]
-) -> Float[Array, "*b"]:
+    x: Float[Array, "*b n"], bases: Float[Array, "*k num_components n2 d"]
+) -> Float[Array, "*c"]:
     r"""Return the share of each vector's energy outside the nearest of the subspaces.
 
     .. math:: 1 - \max_k \lVert U_k^T x \rVert^2 / \lVert x \rVert^2.
 
     Args:
         x: ``[..., n]``; a zero vector has share 0.
-        bases: ``[K, n, d]``, any frames.
+        bases: ``[..., K, n, d]``, any frames; leading axes as in :func:`off_span_energy`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -102,29 +109,24 @@ def off_union_energy(
         >>> off_union_energy(jnp.array([[1.0, 1.0, 0.0], [0.0, 3.0, 4.0]]), bases).tolist()
         [0.5, 0.6...]
     """
-    _check_space("off_union_energy", x, bases)
-    return jnp.min(jnp.stack([_share_outside(x, _basis(b)) for b in bases]), axis=0)
+    x, bases = _same_space("off_union_energy", x, bases)
+    return jnp.min(_share_outside(x[..., None, :], bases), axis=-1)
 
 
-def _check_space(where: str, x: Array, bases: Array) -> None:
+def _same_space(where: str, x: Array, bases: Array) -> tuple[Array, Array]:
+    if bases.ndim < 3:
+        fix = "one frame is bases[None]"
+        raise fail(where, "wrong shape of bases", "[..., K, n, d]", bases.shape, fix)
     if x.shape[-1] != bases.shape[-2]:
         raise fail(where, "ambient dimensions differ", f"{bases.shape[-2]} in x", x.shape[-1])
+    dtype = jnp.promote_types(jnp.result_type(x, bases), jnp.float32)
+    return x.astype(dtype), bases.astype(dtype)
 
 
-def _basis(a: Array) -> Array:
-    """Orthonormal basis of the span of the columns, zero columns standing for missing rank."""
-    largest = jnp.max(jnp.abs(a), axis=-2, keepdims=True)
-    a = a / jnp.where(largest > 0, largest, 1)  # so that the squares neither over- nor underflow
-    norms = jnp.linalg.norm(a, axis=-2, keepdims=True)
-    u, s, _ = jnp.linalg.svd(a / jnp.where(norms > 0, norms, 1), full_matrices=False)
-    tol = max(a.shape) * jnp.finfo(s.dtype).eps
-    return jnp.where((s <= tol * s[0])[None, :], 0, u)  # NaN stays
-
-
-def _share_outside(x: Array, basis: Array) -> Array:
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    x = x / jnp.where(largest > 0, largest, 1)
-    inside = jnp.matmul(x, basis, precision=_HIGHEST)
-    outside = jnp.sum((x - jnp.matmul(inside, basis.T, precision=_HIGHEST)) ** 2, axis=-1)
+def _share_outside(x: Array, frame: Array) -> Array:
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    x = x / jnp.where(largest > 0, largest, 1)  # so that no square over- or underflows
+    inside = project(column_space(frame), x)
+    outside = jnp.sum((jnp.broadcast_to(x, inside.shape) - inside) ** 2, axis=-1)
     total = jnp.sum(x**2, axis=-1)
-    return outside / jnp.where(total > 0, total, 1)
+    return outside / jnp.broadcast_to(jnp.where(total > 0, total, 1), outside.shape)

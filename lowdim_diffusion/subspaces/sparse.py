@@ -7,6 +7,7 @@ one uses only those. With unit rows ``x_i``, row i of the coefficient matrix C `
 ===========  ==================================================================================
 ``ssc_omp``  few nonzeros, chosen greedily (orthogonal matching pursuit)
 ``ensc``     ``min tau ||c||_1 + (1-tau)/2 ||c||^2 + gamma_i/2 ||x_i - sum_j c_j x_j||^2``
+``tsc``      the nearest points by angle, weighted by it: nothing is solved
 ``lsr``      ``min lambda/2 ||c||^2 + 1/2 ||x_i - sum_j c_j x_j||^2``, dense, in closed form
 ===========  ==================================================================================
 
@@ -27,6 +28,7 @@ References:
     Elhamifar & Vidal 2013, arXiv 1203.1005 (sparse subspace clustering);
     You, Robinson & Vidal 2016, arXiv 1507.01238 (by orthogonal matching pursuit);
     You, Li, Robinson & Vidal 2016, arXiv 1605.02633 (elastic net);
+    Heckel & Boelcskei 2015, arXiv 1307.4891 (thresholding);
     Lu et al. 2012, arXiv 1404.6736 (least squares regression);
     Ng, Jordan & Weiss 2001 (the spectral clustering used here).
 """
@@ -339,6 +341,47 @@ def lsr(
     return jnp.where((eye == 0) & related, c, 0)
 
 
+def tsc(
+    x: Float[Array, "num_samples n"], *, num_nearest: int = 3
+) -> Float[Array, "num_samples num_samples"]:
+    r"""Return the weights of thresholding-based subspace clustering.
+
+    .. math:: C_{ij} = \exp(-2 \arccos |\langle x_i, x_j \rangle|)
+
+    for the ``num_nearest`` other points with the largest ``|<x_i, x_j>|``, of unit rows, and 0 for
+    the rest. Nothing is solved, so it is the cheapest of these baselines.
+
+    Args:
+        x: ``[N, n]``, one point per row, any lengths; a zero row gets a zero row of C.
+        num_nearest: q, <= N - 1; about the number of points that surely share a subspace.
+
+    Raises:
+        ValueError: if ``num_nearest >= N``, or x as in :func:`ssc_omp`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> c = tsc(jnp.array([[2.0, 0, 0], [-1, 0, 0], [0, 3, 4]]), num_nearest=1)
+        >>> c.round(3).tolist()
+        [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+    References:
+        Heckel & Boelcskei 2015, arXiv 1307.4891, section II.
+    """
+    where = "tsc"
+    check_int(where, "num_nearest", num_nearest)
+    x = _unit_rows(where, x)
+    num_samples = x.shape[0]
+    if num_nearest >= num_samples:
+        expected = f"at most the {num_samples - 1} other points"
+        raise fail(where, "num_nearest too large", expected, num_nearest)
+    coherence = jnp.minimum(jnp.abs(_matmul(x, x.T)), 1)
+    coherence = jnp.where(jnp.eye(num_samples, dtype=bool), -1, coherence)
+    nearest, columns = jax.lax.top_k(coherence, num_nearest)
+    weights = jnp.where(nearest > _rounding(x), jnp.exp(-2 * jnp.arccos(nearest)), 0)
+    rows = jnp.arange(num_samples)[:, None]
+    return jnp.zeros_like(coherence).at[rows, columns].set(weights)
+
+
 def coefficient_affinity(
     c: Float[Array, "num_samples num_samples"],
 ) -> Float[Array, "num_samples num_samples"]:
@@ -449,8 +492,8 @@ def sparse_subspace_clustering(
         x: ``[N, n]``, one point per row, from subspaces through the origin: not centred.
         num_components: K, number of subspaces.
         key: for :func:`spectral_clustering`.
-        coefficients: ``[N, n] -> [N, N]``: :func:`ssc_omp`, :func:`ensc`, :func:`lsr`, or one of
-            them with other settings, ``functools.partial(ensc, gamma=500.0)``. To see the
+        coefficients: ``[N, n] -> [N, N]``: :func:`ssc_omp`, :func:`ensc`, :func:`tsc`, :func:`lsr`,
+            or one of them with other settings, ``functools.partial(ensc, gamma=500.0)``. To see the
             coefficients, take the three steps of the module's docstring one by one.
         num_restarts: as in :func:`spectral_clustering`.
 

@@ -116,6 +116,7 @@ class CountBar:
         what: shown in front; None shows nothing at all.
         total: how many there are.
         stream: where to write; standard error by default, so that results can be piped.
+        done: how many were done before; the time left is that of the others.
         interval_s: pause between lines where there is no terminal.
     """
 
@@ -125,9 +126,11 @@ class CountBar:
         total: int,
         stream: TextIO | None = None,
         *,
+        done: int = 0,
         interval_s: float = 10.0,
     ):
         self._what, self._total, self._interval_s = what, total, interval_s
+        self._before = done
         stream = sys.stderr if stream is None else stream
         self._console = Console(file=stream, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
@@ -142,14 +145,17 @@ class CountBar:
                 TextColumn("{task.fields[text]}"),
             )
             self._bar = Progress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(self._what, total=self._total, text="")
+            self._task = self._bar.add_task(
+                self._what, total=self._total, completed=self._before, text=""
+            )
             self._bar.start()
         return self
 
     def update(self, done: int) -> None:
         """Say that so many are done."""
         now = time.monotonic()
-        text = f"{duration((now - self._start) / max(done, 1) * (self._total - done))} left"
+        each = (now - self._start) / max(done - self._before, 1)
+        text = f"{duration(each * (self._total - done))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=text)
         elif self._what is not None and (

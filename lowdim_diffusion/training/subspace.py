@@ -29,6 +29,7 @@ import optax
 from lowdim_diffusion import linalg, networks, subspaces
 from lowdim_diffusion._checks import check_choice, check_int, check_range, fail
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey, Scalar
+from lowdim_diffusion.subspaces.clustering import check_problem
 from lowdim_diffusion.training import optimizers
 from lowdim_diffusion.training.fit import fit
 
@@ -159,6 +160,7 @@ def fit_subspaces(
     if objective == "analytic" and num_components > 1 and assignment == "soft":
         fix = 'pass assignment="hard" or objective="monte-carlo"'
         raise fail(where, "objective", "one subspace or hard assignment", repr(objective), fix)
+    check_problem(where, x, num_components, rank, orthogonal, num_restarts, start, active_rank)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     start_key, fit_key, loss_key = jax.random.split(key, 3)
     starts = subspaces.starts(

@@ -60,18 +60,20 @@ def sweep(
             numbers come from a key made of the point, e.g. ``jax.random.key(point["seed"])``.
         grid: values along each axis; whole numbers arrive as int32, others as floating.
         batch_size: points that one device works on together.
-        chunk: points between two visits of the host; rounded up to fill the devices, and down to
-            the whole grid.
+        chunk: points between two visits of the host, at most the whole grid; a multiple of the
+            number of devices leaves none of them idle.
         mesh: one-axis mesh ``("data",)`` to split each chunk over, from ``sharding.data_mesh``.
         path: directory to keep finished chunks in. The same call again computes only what is
-            missing. Which function and grid they belong to is remembered.
+            missing, on as many devices as there are then. Which function, grid and chunk they
+            belong to is remembered.
         progress: name to show on a progress bar; None shows none.
 
     Returns:
         A :class:`Sweep`, its values on the host.
 
     Raises:
-        ValueError: for an empty grid, or a ``path`` with the results of another function or grid.
+        ValueError: for an empty grid, a function that returns random keys, or a ``path`` with the
+            results of another function, grid or chunk.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -87,38 +89,54 @@ def sweep(
     if not axes or not total:
         raise fail("sweep", "empty grid", "one or more values along each axis", dict(grid))
     devices = 1 if mesh is None else mesh.size
-    chunk = math.ceil(min(chunk, total) / devices) * devices
+    chunk = min(chunk, total)
+    width = math.ceil(chunk / devices) * devices  # what one call takes; the rest is padding
 
     def take(first: int) -> dict[str, np.ndarray]:
-        rows = np.minimum(np.arange(first, first + chunk), total - 1)  # the last one is padded
+        rows = np.minimum(first + np.arange(width), min(first + chunk, total) - 1)
         at = np.unravel_index(rows, shape)
         return {name: axis[i] for (name, axis), i in zip(axes.items(), at, strict=True)}
 
-    local = min(batch_size, chunk // devices)
-    run = functools.partial(jax.lax.map, fn, batch_size=local)
-    if mesh is not None:
-        split = PartitionSpec(AXIS)
-        run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    traced = jax.jit(run).trace(take(0))
-    lowered = traced.lower()
-    out = jax.tree.structure(lowered.out_info)
-    leaves = [
-        np.empty((total, *leaf.shape[1:]), leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)
-    ]
-    store = None if path is None else _Store(pathlib.Path(path), axes, chunk, traced, lowered)
-    compiled = None
-    with CountBar(progress, total) as bar:
-        for first in range(0, total, chunk):
-            last = min(first + chunk, total)
-            found = None if store is None else store.read(first, leaves)
-            if found is None:
-                compiled = lowered.compile() if compiled is None else compiled
-                found = [np.asarray(x) for x in jax.tree.leaves(compiled(take(first)))]
-                if store is not None:
-                    store.write(first, found)
-            for whole, part in zip(leaves, found, strict=True):
-                whole[first:last] = part[: last - first]
-            bar.update(last)
+    fn = jax.jit(fn, inline=True)  # so that the point's program, and not its chunk's, is traced
+    traced = fn.trace({name: jax.ShapeDtypeStruct((), axis.dtype) for name, axis in axes.items()})
+    infos, out = jax.tree.flatten(traced.out_info)
+    if any(jnp.issubdtype(info.dtype, jax.dtypes.extended) for info in infos):
+        fix = "return jax.random.key_data(key)"
+        raise fail("sweep", "result of fn", "arrays of numbers", "random keys", fix)
+    leaves = [np.empty((total, *info.shape), info.dtype) for info in infos]
+    store = None if path is None else _Store(pathlib.Path(path), axes, chunk, traced)
+
+    def keep(first: int, found: list[np.ndarray]) -> None:
+        for whole, part in zip(leaves, found, strict=True):
+            whole[first : first + len(part)] = part
+
+    missing = []
+    for first in range(0, total, chunk):
+        last = min(first + chunk, total)
+        found = None if store is None else store.read(first, [a[first:last] for a in leaves])
+        if found is None:
+            missing.append((first, last))
+        else:
+            keep(first, found)
+
+    def compiled() -> Any:
+        local = min(batch_size, width // devices)
+        run = functools.partial(jax.lax.map, fn, batch_size=local if local > 1 else None)
+        if mesh is not None:
+            split = PartitionSpec(AXIS)
+            run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+        return jax.jit(run).lower(take(0)).compile()
+
+    run = compiled() if missing else None
+    done = total - sum(last - first for first, last in missing)
+    with CountBar(progress, total, done=done) as bar:
+        for first, last in missing:
+            found = [np.asarray(x)[: last - first] for x in jax.tree.leaves(run(take(first)))]
+            if store is not None:
+                store.write(first, found)
+            keep(first, found)
+            done += last - first
+            bar.update(done)
     shaped = [leaf.reshape(*shape, *leaf.shape[1:]) for leaf in leaves]
     return Sweep(axes, jax.tree.unflatten(out, shaped))
 
@@ -172,11 +190,9 @@ def _axis(name: str, values: Any) -> np.ndarray:
 class _Store:
     """Finished chunks on disk, each a file that is whole or absent."""
 
-    def __init__(
-        self, path: pathlib.Path, axes: dict[str, np.ndarray], chunk: int, traced: Any, lowered: Any
-    ):
+    def __init__(self, path: pathlib.Path, axes: dict[str, np.ndarray], chunk: int, traced: Any):
         self._path = path
-        program = hashlib.sha256(lowered.as_text().encode())
+        program = hashlib.sha256(traced.lower().as_text().encode())
         for constant in jax.tree.leaves(traced.jaxpr.consts):
             if jnp.issubdtype(constant.dtype, jax.dtypes.prng_key):
                 constant = jax.random.key_data(constant)
@@ -207,14 +223,17 @@ class _Store:
         return self._path / f"chunk-{first:08d}.npz"
 
     def read(self, first: int, like: list[np.ndarray]) -> list[np.ndarray] | None:
-        """Return a chunk's leaves, None if it is not there or not readable."""
+        """Return a chunk's leaves, shaped as ``like``; None if it is not there or broken."""
         try:
             with np.load(self._file(first)) as stored:
                 found = [stored[f"leaf{i}"] for i in range(len(like))]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        fits = all(a.shape[1:] == b.shape[1:] for a, b in zip(found, like, strict=True))
-        return found if fits else None
+        # npy files know bfloat16 and its kin only as two (or one) bytes without a meaning.
+        pairs = list(zip(found, like, strict=True))
+        if any((a.shape, a.itemsize) != (b.shape, b.itemsize) for a, b in pairs):
+            return None
+        return [a.view(b.dtype) if a.dtype.kind == "V" else a for a, b in pairs]
 
     def write(self, first: int, leaves: list[np.ndarray]) -> None:
         stored = io.BytesIO()

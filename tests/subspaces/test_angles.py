@@ -137,6 +137,52 @@ def test_batches_broadcast_and_jit_vmap_agree(key):
     np.testing.assert_allclose(got, mapped, atol=1e-6)
 
 
+def test_every_distance_takes_leading_axes(x64):
+    """Axes of u, of v and of both, one absent column among the frames: as one pair at a time."""
+    rng = np.random.default_rng(7)
+    us, vs = rng.standard_normal((2, 1, 9, 3)), rng.standard_normal((4, 9, 2))
+    got = measure(jnp.asarray(us), jnp.asarray(vs))
+    assert got.pop("angles").shape == (2, 4, 2)
+    for name, value in got.items():
+        assert value.shape == (2, 4), name
+    sines = np.stack([[[np.sin(scipy.linalg.subspace_angles(u[0], v)) for v in vs] for u in us]])[0]
+    np.testing.assert_allclose(got["chordal"], np.linalg.norm(sines, axis=-1), atol=1e-7)
+    np.testing.assert_allclose(got["affinity"], np.sqrt(np.mean(1 - sines**2, -1)), atol=1e-7)
+    us[1, 0, :, 1] = 0
+    present = us[0, 0], us[1, 0][:, [0, 2]]
+    wanted = [[np.linalg.norm(projector(u) - projector(v)) for v in vs] for u in present]
+    found = jax.jit(subspaces.projector_distance)(jnp.asarray(us), jnp.asarray(vs))
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
+def test_errors_name_the_function_that_was_called(unchecked):
+    u, flat = jnp.eye(4)[:, :2], jnp.ones((4, 2))
+    for fn in (
+        subspaces.principal_angles,
+        subspaces.projector_distance,
+        subspaces.spectral_distance,
+        subspaces.chordal_distance,
+        subspaces.geodesic_distance,
+        subspaces.affinity,
+    ):
+        with pytest.raises(ValueError, match=f"^{fn.__name__}: the columns of v are not linearly"):
+            fn(u, flat)
+        with pytest.raises(
+            ValueError, match=f"^{fn.__name__}: wrong shape of u: .* a\\[:, None\\]"
+        ):
+            fn(u[:, 0], u)
+    with pytest.raises(
+        ValueError, match=r"^match_components: the columns of bases are not linearly"
+    ):
+        subspaces.match_components(u[None], flat[None])
+    with pytest.raises(
+        ValueError, match=r"^match_components: ambient dimensions differ: .* in bases"
+    ):
+        subspaces.match_components(u[None], u[None, :3])
+    with pytest.raises(ValueError, match=r"^match_components: wrong shape of bases"):
+        subspaces.match_components(u[None], u)
+
+
 def test_dependent_columns_are_refused():
     u = jax.random.normal(jax.random.key(0), (8, 3))
     bad = jnp.stack([u[:, 0], u[:, 1], u[:, 0] - 2 * u[:, 1]], axis=1)
@@ -176,6 +222,21 @@ def test_gradients_are_finite_and_right(x64):
     np.testing.assert_allclose(slope, finite, rtol=1e-6)
     for w in (u, frames_at(np.full(3, np.pi / 2), 8)[1] @ np.eye(3)):
         assert np.isfinite(jax.jit(jax.grad(lambda w: subspaces.projector_distance(w, u)))(w)).all()
+
+
+def test_gradients_beside_absent_columns_and_equal_angles(x64):
+    """An absent column has gradient 0 and leaves that of the others alone; second derivatives."""
+    u, v = (jnp.asarray(a) for a in frames_at(np.array([0.4, 0.4, 1.1]), 8))
+    squared = lambda u: subspaces.projector_distance(u, v) ** 2
+    explicit = lambda u: jnp.sum((u @ jnp.linalg.solve(u.T @ u, u.T) - v @ v.T) ** 2)
+    push = jnp.asarray(np.random.default_rng(1).standard_normal(u.shape))
+    slopes = jax.jit(lambda f, u: jax.jvp(jax.grad(f), (u,), (push,)), static_argnums=0)
+    for mine, wanted in zip(slopes(squared, u), slopes(explicit, u), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=1e-10)
+    padded = jnp.concatenate([u[:, :1], jnp.zeros((8, 1)), u[:, 1:]], axis=1)
+    slope = jax.jit(jax.grad(squared))(padded)
+    np.testing.assert_allclose(slope[:, [0, 2, 3]], slopes(explicit, u)[0], atol=1e-12)
+    assert not slope[:, 1].any()
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (2, 5), (5, 5), (9, 12)])
@@ -225,8 +286,13 @@ def test_matching_minimises_over_all_permutations(key):
     assert len(set(perm.tolist())) == 4
     with pytest.raises(ValueError, match="too few components"):
         subspaces.match_components(learned, true)
-    batched = jax.jit(jax.vmap(subspaces.match_components, (None, 0)))(true, learned[None])
-    assert batched.perm.shape == (1, 4)
+    several = jnp.stack([learned, learned[::-1]])[:, None]
+    batched = jax.jit(subspaces.match_components)(true, several)
+    assert batched.perm.shape == batched.distance.shape == (2, 1, 4)
+    np.testing.assert_array_equal(batched.perm[:, 0], [perm, 4 - perm])
+    np.testing.assert_allclose(batched.distance[:, 0], [distance, distance], rtol=1e-5)
+    mapped = jax.jit(jax.vmap(subspaces.match_components, (None, 0)))(true, several[:, 0])
+    np.testing.assert_array_equal(mapped.perm, batched.perm[:, 0])
 
 
 def test_zero_columns_count_as_absent(x64):

@@ -63,7 +63,8 @@ def test_orthogonal_recovery_switches_on_at_d_points(num_components, rank):
     """Check 4, and the open challenge K = 3, d = 6: 0 at d - 1 points, nearly all from d on."""
 
     def error(key, per_component):
-        bases, x, _ = union(key, num_components, 48, rank, per_component, noise_std=1e-4)
+        key, data_key = jax.random.split(key)
+        bases, x, _ = union(data_key, num_components, 48, rank, per_component, noise_std=1e-4)
         found = subspaces.k_subspaces(key, x, num_components, rank, orthogonal=True)
         return subspaces.match_components(bases, found.bases).distance.max()
 

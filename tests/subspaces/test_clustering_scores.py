@@ -57,6 +57,17 @@ def test_many_random_labellings_in_one_program(x64):
     np.testing.assert_allclose(swapped, got, atol=1e-12)
 
 
+def test_leading_axes_are_labellings_of_their_own():
+    """Restarts and settings against one truth; each alone has another number of labels."""
+    rng = np.random.default_rng(4)
+    true = rng.integers(0, 3, 12)
+    pred = rng.integers(0, np.array([[[2]], [[5]]]), (2, 3, 12)) * 7 - 3
+    wanted = np.array([[reference(true, row) for row in rows] for rows in pred])
+    np.testing.assert_allclose(np.moveaxis(all_scores(true, pred), 0, -1), wanted, atol=1e-6)
+    jitted = jax.jit(partial(all_scores, num_labels=6))(pred, true[None])
+    np.testing.assert_allclose(np.moveaxis(jitted, 0, -1), wanted, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_plain_calls_need_no_bound():
     for pair in random_labellings(3, 40, seed=1):
@@ -140,8 +151,10 @@ def test_bad_labels(score):
         score([0, 1, 2], [0, 1])
     with pytest.raises(ValueError, match=r"wrong shape of labels_true: .* got \(0,\)"):
         score([], [])
-    with pytest.raises(ValueError, match=r"wrong shape of labels_pred: .* got \(1, 2\)"):
-        score([0, 1], [[0, 1]])
+    with pytest.raises(ValueError, match=r"differ in length: expected 2 predicted .* got 1"):
+        score([0, 1], [[0], [1]])  # a column, as .mat files have
+    with pytest.raises(ValueError, match=r"wrong shape of labels_pred: .* got \(\)"):
+        score([0, 1], 1)
     with pytest.raises(TypeError, match="labels_pred must be integers, got float64"):
         score([0, 1], [0.0, 1.0])
     with pytest.raises(TypeError, match="labels_true must be integers, got float32"):

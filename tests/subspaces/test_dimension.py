@@ -321,6 +321,21 @@ def test_float64_data_are_centred_before_they_become_float32():
     assert half.dtype == jnp.float32 and abs(float(half / expected) - 1) < 0.01
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
+def test_whole_numbers_far_from_zero_are_exact(dtype):
+    """2^30 (2^60) beyond what float32 resolves; and differences that overflow the type."""
+    x = np.round(1000 * small()).astype(np.int64)
+    expected = compiled(dimension.mle, x.astype(np.float32), k=8)
+    far = (x + (2**60 if dtype.endswith("64") else 2**30)).astype(dtype)
+    np.testing.assert_allclose(dimension.mle(far, 8), expected, rtol=1e-4)
+    if dtype == "int32":
+        np.testing.assert_allclose(
+            compiled(dimension.mle, jnp.asarray(far), k=8), expected, rtol=1e-4
+        )
+        wide = (x * (2**31 // np.abs(x).max())).astype(dtype)
+        np.testing.assert_allclose(dimension.mle(wide, 8), expected, rtol=1e-3)
+
+
 def test_estimates_are_differentiable(x64):
     x = jnp.asarray(np.concatenate([small()[:40], small()[:3]]), jnp.float64)  # with copies
     v = jnp.asarray(np.random.default_rng(0).standard_normal(x.shape))
@@ -544,6 +559,19 @@ def test_first_2000_test_images(data_root, name, expected, pca):
     np.testing.assert_array_equal(counts, pca[:3])
     ratio = dimension.global_pca(x, rule="participation")
     np.testing.assert_allclose(ratio, pca[3], atol=0.0051)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Extended Yale B", "COIL-20"])
+def test_faces_and_objects(data_root, name, monkeypatch):
+    """metrics.md, section 3: every estimate that has a reference there, to its printed digits."""
+    monkeypatch.setattr(intrinsic_dimension, "FOLDERS", {name: intrinsic_dimension.FOLDERS[name]})
+    preset = intrinsic_dimension.PRESETS["cpu"]._replace(num_local=300)
+    x = intrinsic_dimension.image_sets(data_root, preset)[name, ""]
+    rows = intrinsic_dimension.sample_estimates(name, "", x, preset)
+    pairs = [(row.estimate, row.reference) for row in rows if row.reference is not None]
+    assert len(pairs) == 9
+    np.testing.assert_allclose(*np.transpose(pairs), atol=0.0051)
 
 
 @pytest.mark.slow

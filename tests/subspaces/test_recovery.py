@@ -51,6 +51,38 @@ def test_edges():
     assert float(subspaces.off_span_energy(x, 1e-30 * bases).max()) < 1e-10
 
 
+def test_leading_axes_broadcast(x64):
+    """Two sets of subspaces and five vectors; and a set of its own for each batch of vectors."""
+    g = np.random.default_rng(1)
+    bases, x = g.standard_normal((2, 3, 10, 2)), g.standard_normal((5, 10))
+    for fn in (subspaces.off_span_energy, subspaces.off_union_energy):
+        alone = np.stack([jax.jit(fn)(jnp.asarray(x), jnp.asarray(b)) for b in bases])
+        both = jax.jit(fn)(jnp.asarray(x), jnp.asarray(bases)[:, None])
+        np.testing.assert_allclose(both, alone, rtol=1e-12)
+        assert jax.eval_shape(fn, jnp.asarray(x[0]), jnp.asarray(bases)).shape == (2,)
+
+
+@pytest.mark.parametrize("fn", [subspaces.off_span_energy, subspaces.off_union_energy])
+def test_gradients(fn, x64):
+    """Orthonormal bases have equal singular values; the true gradient is that of the projector."""
+    bases = linalg.random_frames(jax.random.key(3), 2, 9, 3, orthogonal=True, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(4), (4, 9), jnp.float64)
+
+    def explicit(x, bases):
+        if fn is subspaces.off_span_energy:
+            bases = jnp.concatenate(list(bases), axis=1)[None]
+        p = bases @ jnp.linalg.solve(jnp.swapaxes(bases, 1, 2) @ bases, jnp.swapaxes(bases, 1, 2))
+        return jnp.sum(1 - jnp.max(jnp.einsum("bn,knm,bm->bk", x, p, x), 1) / jnp.sum(x**2, 1))
+
+    slope = jax.jit(jax.grad(lambda x, b: jnp.sum(fn(x, b)), (0, 1)))
+    wanted = jax.jit(jax.grad(explicit, (0, 1)))(x, bases)
+    for mine, other in zip(slope(x, bases), wanted, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-12)
+    dependent = bases.at[1, :, 0].set(bases[0, :, 0]).at[1, :, 2].set(0)
+    for grads in (slope(x, dependent), slope(x.at[0].set(0), bases)):
+        assert all(np.isfinite(g).all() for g in grads)
+
+
 def test_other_dimensions_are_refused(unchecked):
     with pytest.raises(ValueError, match="ambient dimensions differ: expected 6 in x, got 5"):
         subspaces.off_span_energy(jnp.ones((2, 5)), jnp.ones((1, 6, 1)))

@@ -209,6 +209,25 @@ def test_transformations(method):
     np.testing.assert_allclose(sharded(x), single, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_nearest", [1, 3])
+def test_thresholding_by_hand(num_nearest):
+    """Row by row in numpy; edges stay inside orthogonal subspaces, zero rows have none."""
+    x, labels = union(5, noise=0.0)
+    x = np.concatenate([x * np.linspace(1, 9, len(x))[:, None], np.zeros((2, x.shape[1]))])
+    found = np.asarray(jax.jit(partial(subspaces.tsc, num_nearest=num_nearest))(x))
+    unit = x[:-2] / np.linalg.norm(x[:-2], axis=1, keepdims=True)
+    cosine = np.abs(unit @ unit.T)
+    for i in range(len(unit)):
+        others = np.argsort(np.where(np.arange(len(unit)) == i, -1, cosine[i]))[-num_nearest:]
+        wanted = np.zeros(len(x))
+        wanted[others] = np.exp(-2 * np.arccos(np.minimum(cosine[i, others], 1)))
+        np.testing.assert_allclose(found[i], wanted, atol=1e-4)
+        assert set(labels[others]) == {labels[i]}
+    assert not found[-2:].any() and not found[:, -2:].any()
+    with pytest.raises(ValueError, match="num_nearest too large: expected at most the 2 other"):
+        subspaces.tsc(jnp.ones((3, 4)))
+
+
 # Clustering
 
 

@@ -104,7 +104,8 @@ def test_fewer_points_than_dimensions_leave_the_error_of_theory():
     """Check 2 for the trained denoiser: sqrt(2 (d - N)) below N = d, nothing from there on."""
 
     def error(key, count):
-        basis, x = points(key, rank=4, count=8, noise_std=0.0)
+        key, data_key = jax.random.split(key)
+        basis, x = points(data_key, rank=4, count=8, noise_std=0.0)
         x = jnp.where((jnp.arange(8) < count)[:, None], x, 0)
         found = training.fit_subspaces(key, x, 1, 4, objective="analytic", num_steps=800)
         return subspaces.projector_distance(found.bases[0], basis)
@@ -120,9 +121,9 @@ def test_fewer_points_than_dimensions_leave_the_error_of_theory():
 
 @pytest.mark.parametrize("assignment", [pytest.param("hard", marks=pytest.mark.slow), "soft"])
 def test_two_subspaces_from_good_starts(assignment):
-    key = jax.random.key(0)
-    bases = linalg.random_frames(key, 2, 24, 3, orthogonal=True)
-    x = jnp.einsum("knd,kbd->kbn", bases, jax.random.normal(key, (2, 9, 3))).reshape(18, 24)
+    frame_key, inner_key, key = jax.random.split(jax.random.key(0), 3)
+    bases = linalg.random_frames(frame_key, 2, 24, 3, orthogonal=True)
+    x = jnp.einsum("knd,kbd->kbn", bases, jax.random.normal(inner_key, (2, 9, 3))).reshape(18, 24)
     found = training.fit_subspaces(
         key,
         x,
@@ -146,12 +147,12 @@ def test_two_subspaces_from_good_starts(assignment):
 @pytest.mark.slow
 def test_hard_assignment_never_beats_k_subspaces():
     """The analytic objective is K-subspaces': its optimum cannot hold more energy than theirs."""
-    key = jax.random.key(3)
-    x = jax.random.normal(key, (24, 10)) * jnp.linspace(2, 0.5, 10)[None, :]
+    data_key, key, restart_key = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(data_key, (24, 10)) * jnp.linspace(2, 0.5, 10)[None, :]
     fitted = training.fit_subspaces(
         key, x, 2, 2, assignment="hard", objective="analytic", num_restarts=8, start="mixed"
     )
-    best = subspaces.k_subspaces(key, x, 2, 2, num_restarts=256, start="random")
+    best = subspaces.k_subspaces(restart_key, x, 2, 2, num_restarts=256, start="random")
     inside = jnp.einsum("bn,knd->bkd", x, fitted.bases)
     residual = jnp.mean(jnp.sum(x**2, 1) - jnp.max(jnp.sum(inside**2, -1), 1))
     assert float(best.loss) <= float(residual) * (1 + 1e-4)
@@ -176,10 +177,22 @@ def test_errors(unchecked):
     x, key = jnp.ones((5, 4)), jax.random.key(0)
     with pytest.raises(ValueError, match="expected one subspace or hard assignment"):
         training.fit_subspaces(key, x, 2, 1, objective="analytic")
-    with pytest.raises(ValueError, match="rank too large"):
+    with pytest.raises(ValueError, match=r"^fit_subspaces: rank too large"):
         training.fit_subspaces(key, x, 1, 5)
-    with pytest.raises(ValueError, match="no room for mutually orthogonal"):
+    with pytest.raises(ValueError, match=r"^fit_subspaces: no room for mutually orthogonal"):
         training.fit_subspaces(key, x, 3, 2, orthogonal=True)
+    with pytest.raises(ValueError, match=r"^fit_subspaces: x is not finite"):
+        training.fit_subspaces(key, x.at[0, 0].set(jnp.nan), 1, 2)
+    with pytest.raises(
+        ValueError, match=r"^fit_subspaces: too few points: expected at least 2, got 1"
+    ):
+        training.fit_subspaces(key, x[:1], 2, 1)
+    with pytest.raises(ValueError, match=r"^fit_subspaces: active_rank out of range"):
+        training.fit_subspaces(key, x, 1, 2, active_rank=3)
+    with pytest.raises(
+        ValueError, match=r"^fit_subspaces: wrong shape of x: .* one example per row"
+    ):
+        training.fit_subspaces(key, x[None], 1, 2)
     with pytest.raises(ValueError, match="unknown assignment"):
         training.fit_subspaces(key, x, 1, 2, assignment="medium")
     with pytest.raises(ValueError, match="lr out of range"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lowdim_diffusion import sharding, training
+from lowdim_diffusion.training import progress
 from lowdim_diffusion.training.progress import CountBar
 
 GRID = {"a": [1, 2, 3], "b": [0.5, 1.5], "seed": range(4)}
@@ -112,6 +113,30 @@ def test_data_inside_the_function_count(tmp_path):
         training.sweep(fn(data + 1), {"a": [1, 2]}, path=tmp_path)
 
 
+def test_continues_on_another_number_of_devices(tmp_path):
+    """The chunk is the caller's, whatever the devices pad it to."""
+    run = lambda mesh: training.sweep(noisy, GRID, chunk=10, mesh=mesh, path=tmp_path).values
+    first = run(sharding.data_mesh(8))
+    (tmp_path / "chunk-00000010.npz").unlink()
+    for mesh in (None, sharding.data_mesh(4)):
+        again = run(mesh)
+        for name in first:
+            np.testing.assert_array_equal(first[name], again[name])
+        (tmp_path / "chunk-00000020.npz").unlink()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "bool", "int8"])
+def test_every_kind_of_number_is_kept(dtype, tmp_path):
+    fn = lambda p: jnp.asarray([p["a"], 1], dtype)
+    run = lambda: training.sweep(fn, {"a": [0.5, 1.25, 3.0]}, chunk=2, path=tmp_path).values
+    first = run()
+    kept = {file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    again = run()
+    assert first.dtype == again.dtype == dtype
+    np.testing.assert_array_equal(first, again)
+    assert {file.stat().st_mtime_ns for file in tmp_path.iterdir()} == kept  # none computed again
+
+
 SLOW = """
 import os, sys, time
 import jax
@@ -208,11 +233,15 @@ def test_errors(unchecked):
         training.sweep(lambda p: p["seed"], {"seed": [2**32, 5]})
     with pytest.raises(ValueError, match="axis 'a' out of range"):
         training.sweep(lambda p: p["a"], {"a": [1e300]})
+    with pytest.raises(
+        ValueError, match="result of fn: expected arrays of numbers, got random keys"
+    ):
+        training.sweep(lambda p: jax.random.key(p["a"]), {"a": [1]})
     with pytest.raises(ValueError, match="results named like an axis: expected other names, got a"):
         training.table(training.sweep(lambda p: {"a": p["a"]}, {"a": [1]}))
 
 
-def test_count_bar_says_how_far_it_is(tmp_path):
+def test_count_bar_says_how_far_it_is(tmp_path, monkeypatch):
     path = tmp_path / "log"
     with open(path, "w") as out, CountBar("trainings", 10, out, interval_s=0.0) as bar:
         bar.update(5)
@@ -220,6 +249,12 @@ def test_count_bar_says_how_far_it_is(tmp_path):
     first, last = path.read_text().splitlines()
     assert first.startswith("trainings 5/10  ") and first.endswith(" left")
     assert last.startswith("trainings 10/10  in ")
+    ticks = iter([0.0, 60.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+    with open(path, "w") as out, CountBar("trainings", 10, out, done=6, interval_s=0.0) as bar:
+        bar.update(7)  # one of the four that were missing took a minute
+    assert path.read_text() == "trainings 7/10  3:00 left\n"
+    monkeypatch.undo()
     with open(path, "w") as out, CountBar(None, 10, out) as bar:
         bar.update(10)
     assert path.read_text() == ""
