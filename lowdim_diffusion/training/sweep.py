@@ -119,7 +119,8 @@ def sweep(
         else:
             keep(first, found)
 
-    def compiled() -> Any:
+    @functools.cache
+    def program() -> Any:
         local = min(batch_size, width // devices)
         run = functools.partial(jax.lax.map, fn, batch_size=local if local > 1 else None)
         if mesh is not None:
@@ -127,11 +128,10 @@ def sweep(
             run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
         return jax.jit(run).lower(take(0)).compile()
 
-    run = compiled() if missing else None
     done = total - sum(last - first for first, last in missing)
     with CountBar(progress, total, done=done) as bar:
         for first, last in missing:
-            found = [np.asarray(x)[: last - first] for x in jax.tree.leaves(run(take(first)))]
+            found = [np.asarray(x)[: last - first] for x in jax.tree.leaves(program()(take(first)))]
             if store is not None:
                 store.write(first, found)
             keep(first, found)
