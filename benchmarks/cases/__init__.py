@@ -5,6 +5,7 @@ from benchmarks.cases import (
     devices,
     distillation,
     jacobians,
+    neighbours,
     samplers,
     startup,
     sweeps,
@@ -14,6 +15,16 @@ from benchmarks.harness import Case
 
 CASES: dict[str, Case] = {
     case.name: case
-    for module in (startup, denoisers, samplers, training, sweeps, distillation, jacobians, devices)
+    for module in (
+        startup,
+        denoisers,
+        samplers,
+        training,
+        sweeps,
+        distillation,
+        jacobians,
+        neighbours,
+        devices,
+    )
     for case in module.CASES
 }
