@@ -1,9 +1,15 @@
 """Shared test set-up: emulated devices, strict dtypes, runtime shape checks."""
 
 import os
+import tempfile
 
 # Most of the time goes into compiling; what is tested are the numbers, not the speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The same programs come back, within a file and in the processes that tests start. One cache per
+# worker: jax does not write its entries atomically.
+_cache = tempfile.TemporaryDirectory(prefix="lowdim-tests-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Workers share the cores; OpenBLAS threads on top of XLA's make small eigenproblems 100x slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 flags = os.environ.get("XLA_FLAGS", "")

@@ -13,13 +13,13 @@ from lowdim_diffusion import __version__
 __all__ = ["main"]
 
 COMMANDS = {
-    "demo": "train, sample and analyse built-in digits in minutes, ending in a report",
-    "train": "train a model; the same command again continues where it stopped",
+    "demo": "train on built-in digits, sample, measure: a report in minutes",
+    "train": "train a model; the same command again continues it",
     "sample": "draw samples from a run's newest good checkpoint",
-    "analyze": "measure a run: ranks, subspaces, nearest training images; writes its report",
-    "edit": "edit a region of images by singular vectors of the denoiser's Jacobian",
-    "checkpoint": "verify a run's checkpoints, or print the digest of the newest",
-    "doctor": "what is installed, what is missing, which devices there are",
+    "analyze": "measure ranks, subspaces, nearest images; write the report",
+    "edit": "edit a region of images along singular vectors of the Jacobian",
+    "checkpoint": "verify a run's checkpoints, or print the digest of one",
+    "doctor": "say what is installed, what is missing, which devices there are",
 }
 
 _HELP = """\
@@ -31,7 +31,7 @@ commands
 {commands}
 
 options
-  -h, --help     show this text; 'lowdim COMMAND --help' shows a command's options
+  -h, --help     show this text; 'lowdim COMMAND --help' that of a command
   --version      show the version
   --debug        with any command: show the traceback of an error
 

@@ -12,9 +12,9 @@ _USAGE = """\
 usage: lowdim checkpoint verify RUN
        lowdim checkpoint digest RUN [--step N]
 
-Check every checkpoint of a run against the digests inside it, or print the identity of one as a
-line of JSON: step, digest (sha256 over all arrays of the state) and sum (of |params|). Nothing is
-changed.
+Check every checkpoint of a run against the digests inside it, or print the
+identity of one as a line of JSON: step, digest (sha256 over all arrays of the
+state) and sum (of |params|). Nothing is changed.
 
 Exit code 0 if sound, 3 if no checkpoint is there or (verify) one is damaged.
 

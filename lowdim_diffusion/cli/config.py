@@ -5,7 +5,7 @@ and a default; the text under it is its help. Only the standard library is impor
 
 Rule for unset values: an optional field is unset by default, and unset is written to a file by
 leaving the key out. To unset what a preset or a file has set, say ``None`` on the command line or
-``"none"`` in the file.
+``"None"`` in the file.
 """
 
 import dataclasses

@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         show_help(
             f"{prog} [--OPTION VALUE ...]",
             "Train a small U-Net on 1,797 real images of digits (built in), draw new ones,\n"
-            "measure the low-dimensional structure of the denoiser, and write a report to open in\n"
-            "a browser.",
+            "measure the low-dimensional structure of the denoiser, and write a report to\n"
+            "open in a browser.",
             [],
             DemoArguments(),
             "",

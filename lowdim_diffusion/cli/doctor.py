@@ -19,14 +19,16 @@ __all__ = ["main"]
 _USAGE = """\
 usage: lowdim doctor
 
-Show versions, devices and what is missing. Exit code 0 if everything required works, else 2.
+Show versions, devices and what is missing. Exit code 0 if everything required
+works, else 2.
 
 examples
   lowdim doctor
   XLA_FLAGS=--xla_force_host_platform_device_count=8 lowdim doctor
 """
 
-# Package, versions that work, the module to import. Kept equal to pyproject.toml by a test.
+# Package, versions that work, the module to import. Kept equal to pyproject.toml by a test, as
+# are the extras, each without the extras that it includes.
 REQUIRED = {
     "jax": (">=0.10.2", "jax"),
     "flax": (">=0.12.8", "flax"),
@@ -45,12 +47,14 @@ EXTRAS = {
     "data": {"pillow": "12", "scipy": "1.15"},
     "tensorboard": {"tensorboardX": "2.6.5"},
     "pretrained": {"safetensors": "0.8"},
+    "experiments": {"scikit-learn": "1.7"},
 }
 _FOR = {
     "plots": "figures and reports",
     "data": "folders of images, .mat files",
     "tensorboard": "--train.tensorboard",
     "pretrained": "networks of diffusers and EDM",
+    "experiments": "spectral clustering, experiments",
 }
 _PYTHON = (3, 11)
 
@@ -79,7 +83,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _row(name: str, value: str, note: str = "") -> None:
-    print(f"  {name:<18} {value:<22} {note}".rstrip())
+    line = f"  {name:<18} {value:<22} {note}".rstrip()
+    if note and len(line) > 80:  # the note goes below
+        line = f"  {name:<18} {value}".rstrip() + f"\n{'':<21}{note}"
+    print(line)
 
 
 def _machine(broken: list[str]) -> None:
@@ -152,11 +159,11 @@ def _extras() -> None:
             if (found := _version(name)) is None or _numbers(found) < _numbers(oldest)
         ]
         if missing:
-            install = f'pip install "lowdim-diffusion[{extra}]"'
-            _row(extra, f"{', '.join(missing)}", f"{install}  ({_FOR[extra]})")
+            _row(extra, f"{', '.join(missing)}", f"for {_FOR[extra]}:")
+            _row("", f'pip install "lowdim-diffusion[{extra}]"')
         else:
             have = ", ".join(f"{name} {_version(name)}" for name in packages)
-            _row(extra, "yes", f"{have}  ({_FOR[extra]})")
+            _row(extra, "yes", have)
 
 
 def _devices(broken: list[str]) -> None:
@@ -179,12 +186,10 @@ def _devices(broken: list[str]) -> None:
     _row("backend", jax.default_backend(), f"{len(devices)} x {', '.join(kinds)}")
     _row("compile and run", f"{elapsed:.2f} s", "a small matrix product")
     if jax.default_backend() == "cpu":
-        _row(
-            "accelerator", "none", 'for NVIDIA: pip install "lowdim-diffusion[cuda13]", TPU: [tpu]'
-        )
+        install = 'pip install "lowdim-diffusion[cuda13]"; also [cuda12], [tpu]'
+        _row("accelerator", "none", install)
         if len(devices) == 1:
-            hint = "XLA_FLAGS=--xla_force_host_platform_device_count=N emulates N devices"
-            _row("", "", hint)
+            _row("to emulate N", "XLA_FLAGS=--xla_force_host_platform_device_count=N")
 
 
 def _version(package: str) -> str | None:

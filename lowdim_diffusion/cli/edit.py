@@ -59,7 +59,7 @@ class EditArguments:
 _EXAMPLES = """\
 lowdim edit --run runs/demo
 lowdim edit --run runs/faces --images 5 17 --box 8 6 6 20 --directions 6
-lowdim edit --run runs/faces --mask eyes.png --sigma 3 --strength 0.3 --out edits"""
+lowdim edit --run runs/faces --mask eyes.png --sigma 3 --out edits"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
     if wants_help(argv):
         show_help(
             f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Edit a region of real images: carry them up to a noise level, step along singular\n"
-            "vectors of the denoiser's Jacobian, and sample. No text, no training.\n"
-            "Writes a picture per image, report.html, an interactive page and edits.npz.",
+            "Edit a region of real images: carry them up to a noise level, step along\n"
+            "singular vectors of the denoiser's Jacobian, and sample. No text, no\n"
+            "training. Writes a picture per image, report.html, a page and edits.npz.",
             [],
             EditArguments(),
             "",

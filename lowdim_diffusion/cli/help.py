@@ -25,7 +25,7 @@ def _texts(kind: type) -> dict[str, str]:
     for item, after in zip(node.body, node.body[1:], strict=False):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                found[item.target.id] = str(after.value.value)
+                found[item.target.id] = " ".join(str(after.value.value).split())
     return found
 
 
@@ -79,11 +79,13 @@ def options(config: Any, title: str = "options", prefix: str = "") -> Sequence[s
         if "|" in placeholder and placeholder != "true|false":
             placeholder, choices = f.name.upper().replace("_", "-"), placeholder.replace("|", ", ")
             text = f"{text} One of {choices}."
-        shown = "" if value is None or value is False else _show(value)
+        shown = "" if value in (None, False, "") else _show(value)
         name = "--" + f"{prefix}{f.name}".replace("_", "-")
         lines.append(entry(f"{name} {placeholder}".strip(), f"{text} {shown}".strip()))
     return [*textwrap.wrap(title, _width()), *lines, "", *sections]
 
 
 def _show(value: Any) -> str:
+    if value is True:
+        return "[on]"
     return "[" + (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) + "]"

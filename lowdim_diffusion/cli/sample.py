@@ -57,7 +57,7 @@ class SampleArguments:
 
 _EXAMPLES = """\
 lowdim sample --run runs/digits
-lowdim sample --run runs/mnist --num-samples 256 --solver dpmpp-2m --steps 12 --out samples.npz
+lowdim sample --run runs/mnist --solver dpmpp-2m --steps 12 --out samples.npz
 lowdim sample --run runs/mnist --solver heun --churn 20 --seed 1"""
 
 

@@ -14,15 +14,16 @@ from lowdim_diffusion.cli.parse import parse_run
 __all__ = ["main", "run"]
 
 _DESCRIPTION = """\
-Train a diffusion model. The same command again continues where the run stopped, bit for bit;
-ctrl-C and SIGTERM save first (exit code 75). A larger --train.steps continues a finished run."""
+Train a diffusion model. The same command again continues where the run
+stopped, bit for bit; ctrl-C and SIGTERM save first (exit code 75). A larger
+--train.steps continues a finished run."""
 _EXAMPLES = """\
 lowdim train                                         # the built-in digits
 lowdim train --preset mnist --data.path ~/mnist --out runs/mnist
 lowdim train --out runs/mnist                        # continue it
 lowdim train --out runs/mnist --train.steps 20000    # train on
-lowdim train --data.path photos/ --data.size 32 --model.channels 64 --model.channel-mult 1 2 2
-lowdim train --preset cifar10-paper --data.path ~/cifar-10-batches-py --dry-run
+lowdim train --data.path photos/ --data.size 32 --model.channel-mult 1 2 2
+lowdim train --preset cifar10-paper --data.path ~/cifar-10.tar.gz --dry-run
 lowdim train --config runs/mnist/config.toml --seed 1 --out runs/mnist-seed1"""
 
 

@@ -256,6 +256,7 @@ def test_top_help_lists_the_commands(capsys):
         assert out.startswith("usage: lowdim COMMAND")
         assert all(re.search(rf"^  {name} ", out, re.M) for name in COMMANDS)
         assert "\nexamples\n" in out
+        assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
@@ -278,10 +279,16 @@ def test_help_shows_the_presets_values(capsys):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS])
-def test_every_command_has_help_with_examples(command, capsys):
+def test_every_command_has_help_with_examples(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: lowdim {command}") and "\nexamples\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+    # Texts of several lines in the code flow as one, and an empty default is none.
+    texts = [line[33:] for line in out.splitlines() if re.match(r"  -| {33}\S", line)]
+    assert not any("  " in text for text in texts)
+    assert "[]" not in out and "[True]" not in out
 
 
 # ---- start-up -----------------------------------------------------------------------------------
