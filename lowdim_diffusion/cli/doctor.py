@@ -186,7 +186,7 @@ def _devices(broken: list[str]) -> None:
     _row("backend", jax.default_backend(), f"{len(devices)} x {', '.join(kinds)}")
     _row("compile and run", f"{elapsed:.2f} s", "a small matrix product")
     if jax.default_backend() == "cpu":
-        install = 'pip install "lowdim-diffusion[cuda13]"; also [cuda12], [tpu]'
+        install = 'pip install "lowdim-diffusion[cuda13]" (or cuda12, tpu)'
         _row("accelerator", "none", install)
         if len(devices) == 1:
             _row("to emulate N", "XLA_FLAGS=--xla_force_host_platform_device_count=N")
