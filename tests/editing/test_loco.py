@@ -1,5 +1,7 @@
 """LOCO edits on mixtures whose Jacobian is known: the checks and numbers of the papers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,15 @@ def local_mixture(key, dtype=jnp.float32):
     return jnp.stack([frame[:, ::2], frame[:, 1::2]])
 
 
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None))
+def first_direction(key, sigma):
+    bases = local_mixture(key)
+    x = molrg_data(key, bases, 1) + sigma * jax.random.normal(key, (1, N))
+    fn = lambda x: molrg_mean(bases, x, sigma)
+    return bases, x, editing.find_directions(key, fn, x, MASK, 1, null_rank=2, max_iters=200)
+
+
 @pytest.mark.parametrize(
     ("sigma", "before", "after", "kept"),
     [(0.3, 0.15, 0.04, 0.95), (0.7, 0.5, 0.12, 0.8), (1.5, 0.4, 0.1, 0.9), (3.0, 0.23, 0.08, 0.95)],
@@ -33,14 +44,7 @@ def test_projection_makes_edits_local(key, sigma, before, after, kept):
     Where the component is being decided (sigma about .7) both subspaces' directions mix, and less
     of the inside is kept; bounds are near what dense linear algebra gives for these mixtures.
     """
-
-    def one(key):
-        bases = local_mixture(key)
-        x = molrg_data(key, bases, 1) + sigma * jax.random.normal(key, (1, N))
-        fn = lambda x: molrg_mean(bases, x, sigma)
-        return bases, x, editing.find_directions(key, fn, x, MASK, 1, null_rank=2, max_iters=200)
-
-    bases, x, found = jax.jit(jax.vmap(one))(jax.random.split(key, 24))
+    bases, x, found = first_direction(jax.random.split(key, 24), sigma)
     found = jax.tree.map(lambda a: np.asarray(a)[:, 0, 0], found)
     inside = np.asarray(MASK)
     for i in range(24):
@@ -62,7 +66,8 @@ def test_directions_equal_those_of_dense_linear_algebra(x64, key):
     bases = local_mixture(key, jnp.float64)
     x = molrg_data(key, bases, 3) + 0.8 * jax.random.normal(key, (3, N), jnp.float64)
     fn = lambda x: molrg_mean(bases, x, 0.8)
-    found = editing.find_directions(key, fn, x, MASK, 3, null_rank=4, tol=1e-9, max_iters=2000)
+    options = {"null_rank": 4, "tol": 1e-9, "max_iters": 2000}
+    found = jax.jit(lambda x: editing.find_directions(key, fn, x, MASK, 3, **options))(x)
     for i, j in enumerate(molrg_jacobian(bases, x, 0.8)):
         raw = np.linalg.svd(j[:REGION])[2][:3]
         out = np.linalg.svd(j[REGION:])[2][:4]
@@ -73,35 +78,37 @@ def test_directions_equal_those_of_dense_linear_algebra(x64, key):
         np.testing.assert_allclose(cosines, 1, atol=1e-7)
 
 
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, None))
+def transfer_and_composition(key, sigma):
+    frame_key, data_key, noise_key = jax.random.split(key, 3)
+    bases = linalg.random_frames(frame_key, 2, N, 4, orthogonal=True)
+    latent = jax.random.normal(data_key, (2, 4))
+    x0 = jnp.einsum("bnd,bd->bn", bases, latent)  # one example of each subspace
+    x = x0 + sigma * jax.random.normal(noise_key, (2, N))
+    fn = lambda x: molrg_mean(bases, x, sigma)
+    step = 0.3 * np.sqrt(N)
+    vt = subspaces.jacobian_svd(fn, x[:1], 2, key=key, tol=1e-3)[2]
+    u, v = step * vt[:, 0], step * vt[:, 1]
+    return (
+        editing.transfer_cosine(fn, x[:1], x[1:], u)[0],
+        editing.additivity_error(fn, x[:1], u, v)[0],
+        editing.sign_error(fn, x[:1], u)[0],
+    )
+
+
 @pytest.mark.parametrize(
     ("sigma", "cosine", "additivity", "sign"),
     [
         (0.7, 0.84, 0.26, 0.70),
         (1.5, 0.92, 0.19, 0.48),
-        (4, 0.998, 0.03, 0.09),
-        (10, 1, 0.002, 0.007),
+        (4.0, 0.998, 0.03, 0.09),
+        (10.0, 1, 0.002, 0.007),
     ],
 )
 def test_transfer_and_composition_appear_at_high_noise(key, sigma, cosine, additivity, sign):
     """Check 11, with the closed-form table of the reference: n = 64, K = 2, d = 4."""
-
-    def one(key):
-        frame_key, data_key, noise_key = jax.random.split(key, 3)
-        bases = linalg.random_frames(frame_key, 2, N, 4, orthogonal=True)
-        latent = jax.random.normal(data_key, (2, 4))
-        x0 = jnp.einsum("bnd,bd->bn", bases, latent)  # one example of each subspace
-        x = x0 + sigma * jax.random.normal(noise_key, (2, N))
-        fn = lambda x: molrg_mean(bases, x, sigma)
-        step = 0.3 * np.sqrt(N)
-        vt = subspaces.jacobian_svd(fn, x[:1], 2, key=key, tol=1e-3)[2]
-        u, v = step * vt[:, 0], step * vt[:, 1]
-        return (
-            editing.transfer_cosine(fn, x[:1], x[1:], u)[0],
-            editing.additivity_error(fn, x[:1], u, v)[0],
-            editing.sign_error(fn, x[:1], u)[0],
-        )
-
-    found = jax.jit(jax.vmap(one))(jax.random.split(key, 48))
+    found = transfer_and_composition(jax.random.split(key, 48), sigma)
     got = [float(jnp.median(a)) for a in found]
     if sigma >= 4:
         assert got[0] > 0.99 and got[1] < 0.05 and got[2] < 0.12
@@ -147,16 +154,22 @@ def test_supervised_direction_raises_the_score(x64, key):
     fn = lambda x: molrg_mean(bases, x, 1.0)
     target = jax.random.normal(jax.random.fold_in(key, 1), (N,), jnp.float64)
     score = lambda image: image @ target
-    found = editing.supervised_direction(key, fn, x, score, MASK, null_rank=0)
+
+    @jax.jit
+    def run(x):
+        find = functools.partial(editing.supervised_direction, key, fn, x, score)
+        local = find(MASK, null_rank=6, tol=1e-8)
+        step = 0.01 * local.v[:, 0]
+        region = lambda step: score(fn(x + step) * MASK[None])
+        return find(MASK, null_rank=0), local, region(step) > region(-step), find()
+
+    found, local, raised, everywhere = run(x)
     jacobian = molrg_jacobian(bases, x, 1.0)
     want = np.einsum("bij,i->bj", jacobian, np.where(MASK, target, 0))
     want /= np.linalg.norm(want, axis=1, keepdims=True)
     np.testing.assert_allclose(found.v[:, 0], want, atol=1e-10)
-    local = editing.supervised_direction(key, fn, x, score, MASK, null_rank=6, tol=1e-8)
     assert (local.outside < local.raw_outside).all()
-    step = 0.01 * local.v[:, 0]
-    assert (score(fn(x + step) * MASK[None]) > score(fn(x - step) * MASK[None])).all()
-    everywhere = editing.supervised_direction(key, fn, x, score)
+    assert raised.all()
     np.testing.assert_allclose(everywhere.kept, 1)
     assert float(jnp.abs(everywhere.outside).max()) == 0
 
@@ -195,7 +208,7 @@ def test_edit_is_exact_for_a_gaussian(x64, key):
 
     @jax.jit
     def run(x0):
-        return editing.loco(
+        found = editing.loco(
             key,
             denoise_fn,
             schedule,
@@ -207,8 +220,12 @@ def test_edit_is_exact_for_a_gaussian(x64, key):
             rank=2,
             num_random=1,
         )
+        # The same direction on every image, and a composition of two, through `edit`.
+        two = found.directions.v[0, 0] + found.directions.v[0, 1]
+        both = editing.edit(key, denoise_fn, schedule, ts, found.x_t, two, [0.5], solver=solver)[0]
+        return found, two, both
 
-    found = run(x0)
+    found, two, both = run(x0)
     np.testing.assert_allclose(found.reconstruction, x0, atol=5e-4)
     np.testing.assert_allclose(found.images[:, 1], found.reconstruction[None].repeat(3, 0))
     cov = np.asarray(frame * scales[None] ** 2 @ frame.T) + 0.01 * np.eye(12)
@@ -219,12 +236,7 @@ def test_edit_is_exact_for_a_gaussian(x64, key):
         moved = np.asarray(found.directions.v[:, i]) @ flow * length
         got = np.asarray(found.images[i, 2] - found.images[i, 0]) / 2
         np.testing.assert_allclose(got, moved, atol=2e-3)
-    # The same direction on every image, and a composition of two, through `edit`.
-    v = found.directions.v
-    both = editing.edit(
-        key, denoise_fn, schedule, ts, found.x_t, v[0, 0] + v[0, 1], [0.5], solver=solver
-    )[0]
-    want = np.asarray(v[0, 0] + v[0, 1]) @ flow * length
+    want = np.asarray(two) @ flow * length
     np.testing.assert_allclose(both - found.reconstruction, np.tile(want, (3, 1)), atol=4e-3)
 
 

@@ -45,7 +45,6 @@ BY_DEFAULT = {
     (make_molrg, "heun", "flow"),
     (make_molrg, "heun_churn", "ve"),
     (make_molrg, "dpmpp_2m", "vp"),
-    (make_gaussian, "ancestral", "flow"),
     (make_gaussian, "heun", "cosine"),
 }
 

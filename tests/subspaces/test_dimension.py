@@ -642,7 +642,7 @@ def test_flipd_is_its_definition_from_the_score(x64, schedule, t):
     np.testing.assert_allclose(got, expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
 def test_denoiser_estimates_of_a_union_of_three_dimensions(x64, dtype):
     """related_systems.md, 7.5: mean absolute error of FLIPD .48, .11, .03, .008; normal bundle
     right for .07, .35, .80, 1.00 of the points; Jacobian for all of them."""
