@@ -196,7 +196,7 @@ def _sample_angles(samples: np.ndarray, train: np.ndarray, rank: int, seed: int)
     flat = lambda x: jnp.asarray(x.reshape(len(x), -1))
     one, two = flat(train[rows[:count]]), flat(train[rows[count : 2 * count]])
     basis = lambda x: subspaces.pca(x - x.mean(0, keepdims=True), rank)
-    between = lambda a, b: subspaces.principal_angles(basis(a), basis(b))
+    between = jax.jit(lambda a, b: subspaces.principal_angles(basis(a), basis(b)))
     return {
         f"samples, data (PCA of {count}, rank {rank})": between(flat(samples[:count]), one),
         f"data, other data (PCA of {count}, rank {rank})": between(one, two),
@@ -215,14 +215,17 @@ def _true_angles(
     sigmas = np.asarray(schedules.noise_levels(model.schedule, ts))
     wanted = 0.2 * (model.config.loss.data_std or 1)
     level = int(np.argmin(np.abs(np.log(np.maximum(sigmas, 1e-12) / wanted))))
-    x, t = states[level], jnp.asarray(ts[level], states.dtype)
-    u, _, _ = jax.jit(
-        lambda x: subspaces.jacobian_svd(lambda x: denoise_fn(x, t), x, rank, key=key)
-    )(x)
-    alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-    component = jnp.argmax(truth.posterior_weights(x.reshape(len(x), -1), alpha, sigma), axis=1)
-    frames = u.reshape(len(x), -1, rank)
-    angles = subspaces.principal_angles(frames, truth.bases[component])
+
+    @jax.jit
+    def run(x: Any, t: Any) -> tuple[Any, Any]:
+        u, _, _ = subspaces.jacobian_svd(lambda x: denoise_fn(x, t), x, rank, key=key)
+        alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+        weights = truth.posterior_weights(x.reshape(len(x), -1), alpha, sigma)
+        component = jnp.argmax(weights, axis=1)
+        frames = u.reshape(len(x), -1, rank)
+        return component, subspaces.principal_angles(frames, truth.bases[component])
+
+    component, angles = run(states[level], jnp.asarray(ts[level], states.dtype))
     found = {}
     for k in range(num_components):
         mine = np.asarray(component) == k
