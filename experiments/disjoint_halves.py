@@ -87,13 +87,18 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
     threshold = float(
         generalization.calibrate_threshold(examples.held_out, np.concatenate(pairs[-1].halves))
     )
+
+    @jax.jit
+    def search(made: Any, half: Any) -> Any:
+        cosine = generalization.most_similar(made, half).cosine
+        return cosine > threshold, generalization.is_memorized(
+            generalization.nearest(made, half, k=2)
+        )
+
     rows = []
     for count, halves, kinds in pairs:
         for kind, (a, b) in kinds.items():
-            novel = [
-                generalization.generalization_score(made, half, threshold)
-                for made, half in zip((a, b), halves, strict=True)
-            ]
+            alike, copied = zip(*map(search, (a, b), halves), strict=True)
             error = np.sqrt(((a - b) ** 2).reshape(len(a), -1).mean(1))
             rows.append(
                 {
@@ -102,13 +107,8 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
                     "kind": kind,
                     "rp": float(generalization.reproducibility_score(a, b, threshold)),
                     "rmse": np.median(error),
-                    "gl": np.mean(novel),
-                    "memorized": np.mean(
-                        [
-                            generalization.memorized_fraction(made, half)
-                            for made, half in zip((a, b), halves, strict=True)
-                        ]
-                    ),
+                    "gl": 1 - np.mean(alike),
+                    "memorized": np.mean(copied),
                 }
             )
     return rows, threshold

@@ -62,7 +62,7 @@ PRESETS = {
     ),
 }
 
-# Zhang et al. 2023, arXiv 2310.05264, figure 2, read off the plot: CIFAR-10, U-Nets of three widths.
+# Zhang et al. 2023, arXiv 2310.05264, figure 2, read off the plot: CIFAR-10, U-Nets.
 PUBLISHED_COUNTS = tuple(2**i for i in range(6, 16))
 PUBLISHED_GL = {
     "GL, width 64": (0, 0, 0, 0, 0, 0.22, 0.865, 0.99, 0.995, 0.995),
@@ -119,45 +119,47 @@ def train(examples: Examples, preset: Preset, out: pathlib.Path, seed: int, mesh
 
 def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float]:
     """Return tidy rows, one per (N, width, steps), and the threshold of resemblance."""
-    x, held_out = results.examples.x[: results.counts[-1]], results.examples.held_out
-    embed = generalization.default_embedding
-    threshold = float(generalization.calibrate_threshold(held_out, x, embed=embed))
-    same = lambda a, b: float(generalization.reproducibility_score(a, b, threshold, embed=embed))
+    x, held_out = results.examples.x, results.examples.held_out
+    threshold = float(generalization.calibrate_threshold(held_out, x[: results.counts[-1]]))
+
+    @jax.jit
+    def search(samples: Any, known: Any) -> Any:
+        cosine = generalization.most_similar(samples, known).cosine
+        return cosine, generalization.nearest(samples, known, k=2)
+
+    @jax.jit
+    def same(a: Any, b: Any) -> Any:
+        return generalization.reproducibility_score(a, b, threshold)
+
+    mean = lambda pairs: np.mean([same(a, b) for a, b in pairs]) if pairs else np.nan
     rows = []
-    for (width, steps), made in results.made.items():
-        for i, count in enumerate(results.counts):
-            models, known = made[i], x[:count]
-            others = [results.made[w, steps][i] for w in preset.widths if w == 2 * width]
-            pairs = list(itertools.combinations(models, 2))
-            wider = [(a, b) for other in others for a, b in zip(models, other, strict=True)]
+    for i, count in enumerate(results.counts):
+        optimal = results.optimal[i]
+        models = {at: made[i] for at, made in results.made.items()}
+        # One search for all models of this N, and for the images to compare them with.
+        sets = [*itertools.chain.from_iterable(models.values()), optimal, held_out]
+        cosine, near = search(np.concatenate(sets), x[:count])
+        ends = np.cumsum([len(s) for s in sets])[:-1]
+        split = lambda values, ends=ends: np.split(np.asarray(values), ends)
+        novel = [np.mean(c <= threshold) for c in split(cosine)]
+        copied = [np.mean(c) for c in split(generalization.is_memorized(near))]
+        distance = [np.mean(d) for d in split(near.distance[:, 0])]
+        for j, ((width, steps), made) in enumerate(models.items()):
+            mine = slice(j * preset.num_seeds, (j + 1) * preset.num_seeds)
+            wider = models.get((2 * width, steps), ())
             rows.append(
                 {
                     "data": results.examples.name,
                     "N": count,
                     "width": width,
                     "steps": steps,
-                    "gl": np.mean(
-                        [
-                            generalization.generalization_score(m, known, threshold, embed=embed)
-                            for m in models
-                        ]
-                    ),
-                    "memorized": np.mean(
-                        [generalization.memorized_fraction(m, known) for m in models]
-                    ),
-                    "distance_ratio": np.mean(
-                        [generalization.distance_ratio_score(m, known, held_out) for m in models]
-                    ),
-                    "rp_seeds": np.mean([same(a, b) for a, b in pairs]),
-                    "rp_twice_the_width": np.mean([same(a, b) for a, b in wider])
-                    if wider
-                    else np.nan,
-                    "rp_optimal": np.mean([same(m, results.optimal[i]) for m in models]),
-                    "gl_optimal": float(
-                        generalization.generalization_score(
-                            results.optimal[i], known, threshold, embed=embed
-                        )
-                    ),
+                    "gl": np.mean(novel[mine]),
+                    "memorized": np.mean(copied[mine]),
+                    "distance_ratio": np.mean(distance[mine]) / distance[-1],
+                    "rp_seeds": mean(list(itertools.combinations(made, 2))),
+                    "rp_twice_the_width": mean(list(zip(made, wider, strict=False))),
+                    "rp_optimal": mean([(m, optimal) for m in made]),
+                    "gl_optimal": novel[-2],
                     "loss": results.loss[width, steps][i].mean(),
                 }
             )
