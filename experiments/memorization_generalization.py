@@ -320,11 +320,14 @@ def main() -> int:
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("results/memorization_generalization")
     )
+    parser.add_argument("--counts", type=int, nargs="+", metavar="N", help="instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, default=None, help="all by default")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
     options = parser.parse_args()
     preset, out = PRESETS[options.preset], options.out
+    if options.counts:
+        preset = preset._replace(counts=tuple(sorted(set(options.counts))))
     generators.use_all_cores()
     loaded = [
         generators.load(path, preset.size, preset.counts[-1], preset.num_held_out)
