@@ -25,10 +25,11 @@ import argparse
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import _generators as generators
@@ -131,6 +132,11 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
     def same(a: Any, b: Any) -> Any:
         return generalization.reproducibility_score(a, b, threshold)
 
+    @jax.jit
+    def cosines(a: Any, b: Any) -> Any:
+        embed = generalization.default_embedding  # of unit length
+        return jnp.sum(embed(a) * embed(b), axis=-1)
+
     mean = lambda pairs: np.mean([same(a, b) for a, b in pairs]) if pairs else np.nan
     rows = []
     for i, count in enumerate(results.counts):
@@ -157,6 +163,7 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
                     "memorized": np.mean(copied[mine]),
                     "distance_ratio": np.mean(distance[mine]) / distance[-1],
                     "rp_seeds": mean(list(itertools.combinations(made, 2))),
+                    "similarity_seeds": float(np.median(cosines(made[0], made[1]))),
                     "rp_twice_the_width": mean(list(zip(made, wider, strict=False))),
                     "rp_optimal": mean([(m, optimal) for m in made]),
                     "gl_optimal": novel[-2],
@@ -169,19 +176,25 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
 # ---- figures and the report ---------------------------------------------------------------------
 
 
-def lines(rows: list[dict[str, Any]], column: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield ``label, (N, value)`` for every width and length."""
+def lines(
+    rows: list[dict[str, Any]], column: str, lengths: Sequence[int] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Return ``label: (N, value)`` for every width and length of training, or these lengths."""
+    found = {}
     for width, steps in dict.fromkeys((r["width"], r["steps"]) for r in rows):
         mine = [r for r in rows if (r["width"], r["steps"]) == (width, steps)]
-        values = [r[column] for r in mine]
-        if not np.isnan(values).all():
-            yield f"width {width}, {steps:,} steps", ([r["N"] for r in mine], values)
+        if lengths is None or steps in lengths:
+            values = [r["N"] for r in mine], [r[column] for r in mine]
+            found[f"width {width}, {steps:,} steps"] = values
+    return found
 
 
 def against_count(rows: list[dict[str, Any]], column: str, ylabel: str, **options: Any) -> Any:
-    """Return the figure of one score against N."""
+    """Return the figure of one score against N: a colour per width, shorter trainings dashed."""
+    *shorter, longest = sorted({r["steps"] for r in rows})
     return reporting.figures.curves(
-        dict(lines(rows, column)),
+        lines(rows, column, [longest]),
+        dashed=lines(rows, column, shorter),
         xlabel="training images N",
         ylabel=ylabel,
         xscale="log",
@@ -191,11 +204,13 @@ def against_count(rows: list[dict[str, Any]], column: str, ylabel: str, **option
 
 def agreement(rows: list[dict[str, Any]], steps: int) -> Any:
     """Return the figure of RP against N: between seeds, and (dashed) to the optimal denoiser."""
-    mine = [r for r in rows if r["steps"] == steps]
-    short = lambda label: label.split(",")[0]
+    named = lambda column, what: {
+        f"{label.split(',')[0]}: {what}": line
+        for label, line in lines(rows, column, [steps]).items()
+    }
     return reporting.figures.curves(
-        {f"{short(k)}: two seeds": v for k, v in lines(mine, "rp_seeds")},
-        dashed={f"{short(k)}: to optimal": v for k, v in lines(mine, "rp_optimal")},
+        named("rp_seeds", "two seeds"),
+        dashed=named("rp_optimal", "to optimal"),
         xlabel="training images N",
         ylabel="reproducibility (RP)",
         xscale="log",
@@ -215,7 +230,7 @@ def published() -> tuple[Any, Any]:
 def transition(rows: list[dict[str, Any]]) -> list[list[Any]]:
     """Return, for every width and length, the N at which GL passes one half (in log N)."""
     found = []
-    for label, (counts, gl) in lines(rows, "gl"):
+    for label, (counts, gl) in lines(rows, "gl").items():
         above = np.flatnonzero(np.asarray(gl) > 0.5)
         if not len(above) or above[0] == 0:
             at = f"> {counts[-1]}" if not len(above) else f"< {counts[0]}"
@@ -267,7 +282,7 @@ def report_data(
         count, samples = results.counts[i], results.made[width, longest][i, 0][:12]
         near = generalization.nearest(samples, x[:count])
         figure = reporting.figures.nearest_pairs(
-            samples, x[np.asarray(near.index[:, 0])], near.distance[:, 0], columns=12
+            samples, x[np.asarray(near.index[:, 0])], near.distance[:, 0], columns=6
         )
         figure.savefig(out / f"{name}_samples_{count}.png", dpi=150)
         report.figure(
@@ -320,7 +335,9 @@ def main() -> int:
     parser.add_argument(
         "--out", type=pathlib.Path, default=pathlib.Path("results/memorization_generalization")
     )
-    parser.add_argument("--counts", type=int, nargs="+", metavar="N", help="instead of the preset's")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", metavar="N", help="instead of the preset's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, default=None, help="all by default")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
