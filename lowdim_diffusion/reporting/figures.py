@@ -19,6 +19,7 @@ __all__ = [
     "curves",
     "edit_grid",
     "loss_curve",
+    "label_maps",
     "nearest_pairs",
     "rank_curve",
     "singular_values",
@@ -490,6 +491,48 @@ def success_maps(
             axes.set_ylabel(ylabel)
         if image is not None:
             fig.colorbar(image, ax=list(grid.flat), label="success rate", shrink=0.85)
+    return fig
+
+
+def label_maps(
+    panels: Mapping[str, Any],
+    *,
+    span: tuple[float, float] = (0.0, 1.0),
+    corners: Iterable[tuple[float, float]] = ((0, 0), (1, 0), (0, 1)),
+) -> Figure:
+    """Return maps of whole numbers, side by side, one colour per number.
+
+    For the noise plane (:func:`lowdim_diffusion.generalization.noise_plane_labels`): models that
+    agree show the same map.
+
+    Args:
+        panels: title to ``[num, num]`` labels ``[i, j]`` at ``(a_i, b_j)``; a across, b up.
+        span: first and last value of both a and b.
+        corners: ``(a, b)`` of the anchors, marked and numbered from 1.
+    """
+    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
+    with _canvas(0.4 + 2.4 * max(len(panels), 1), 2.9) as fig:
+        from matplotlib.colors import to_rgb
+
+        colors = np.array([to_rgb(color) for color in palette])
+        row = fig.subplots(1, max(len(panels), 1), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (title, labels) in zip(row, panels.items(), strict=False):
+            labels = np.asarray(labels)
+            if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+                raise fail(
+                    "label_maps", f"labels of {title!r}", "[num, num] integers >= 0", labels.shape
+                )
+            edge = (span[1] - span[0]) / (2 * max(len(labels) - 1, 1))
+            extent = (span[0] - edge, span[1] + edge) * 2
+            picture = colors[labels.T % len(colors)] * 0.55 + 0.45
+            axes.imshow(picture, origin="lower", extent=extent, interpolation="nearest")
+            axes.grid(False)
+            axes.set_title(title, fontsize="medium" if len(title) < 24 else "small")
+            axes.set_xlabel("a")
+            for number, (a, b) in enumerate(corners):
+                axes.plot(a, b, "o", color=colors[number % len(colors)], markeredgecolor=INK)
+                axes.annotate(f"{number + 1}", (a, b), (4, 4), textcoords="offset points")
+        row[0].set_ylabel("b")
     return fig
 
 

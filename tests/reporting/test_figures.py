@@ -170,3 +170,20 @@ def test_no_global_state_and_a_clear_error_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'lowdim-diffusion\[plots\]'"):
         figures.rank_curve(SIGMAS, np.ones(9))
+
+
+def test_label_maps_put_a_across_and_b_up(tmp_path):
+    labels = np.zeros((5, 5), int)
+    labels[4, 0], labels[0, 4] = 1, 2  # a = 1 is right, b = 1 is up
+    fig = figures.label_maps({"one": labels, "other": labels.T}, span=(0.0, 2.0), corners=[(0, 0)])
+    image = fig.axes[0].images[0]
+    drawn = np.asarray(image.get_array())
+    assert image.origin == "lower" and image.get_extent() == [-0.25, 2.25, -0.25, 2.25]
+    same = lambda i, j: (drawn == drawn[i, j]).all(-1)
+    assert same(0, 0).sum() == 23 and same(0, 4).sum() == 1 == same(4, 0).sum()
+    other = np.asarray(fig.axes[1].images[0].get_array())
+    np.testing.assert_array_equal(other, drawn.transpose(1, 0, 2))
+    np.testing.assert_array_equal(drawn[0, 4] > drawn[0, 0], [True, False, False])  # orange
+    fig.savefig(tmp_path / "maps.png")
+    with pytest.raises(ValueError, match="integers >= 0"):
+        figures.label_maps({"one": labels - 1})
