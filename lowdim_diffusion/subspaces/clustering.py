@@ -73,7 +73,7 @@ def assign_points(
         ValueError: outside ``jit``, if columns are neither, or ``x`` is not finite.
     """
     check_frames("assign_points", "bases", bases)
-    _check_finite("assign_points", x)
+    check_finite("assign_points", x)
     return jnp.argmax(_energies(x, bases), axis=1).astype(jnp.int32)
 
 
@@ -215,10 +215,11 @@ def check_problem(
         )
     if num_samples < num_components:
         raise fail(where, "too few points", f"at least {num_components}", num_samples)
-    _check_finite(where, x)
+    check_finite(where, x)
 
 
-def _check_finite(where: str, x: Any) -> None:
+def check_finite(where: str, x: Any) -> None:
+    """Raise, in the name of ``where``, if a concrete ``x`` holds NaN or infinity."""
     if is_concrete(x) and not np.all(np.isfinite(np.asarray(x))):
         raise fail(where, "x is not finite", "finite numbers", "NaN or infinity")
 

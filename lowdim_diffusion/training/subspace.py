@@ -29,7 +29,7 @@ import optax
 from lowdim_diffusion import linalg, networks, subspaces
 from lowdim_diffusion._checks import check_choice, check_int, check_range, fail
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey, Scalar
-from lowdim_diffusion.subspaces.clustering import check_problem
+from lowdim_diffusion.subspaces.clustering import check_finite, check_problem
 from lowdim_diffusion.training import optimizers
 from lowdim_diffusion.training.fit import fit
 
@@ -72,10 +72,11 @@ def denoising_loss(
     sigma log-uniform between the two of ``sigmas``, evenly spread. Rows of zeros count as absent.
 
     Raises:
-        ValueError: outside ``jit``, if columns of ``bases`` are neither orthonormal nor zero; if
-            there are no rows.
+        ValueError: outside ``jit``, if columns of ``bases`` are neither orthonormal nor zero, or
+            ``x`` is not finite; if there are no rows.
     """
     linalg.check_frames("denoising_loss", "bases", bases)
+    check_finite("denoising_loss", x)
     if not x.shape[0]:
         raise fail("denoising_loss", "no points", "at least one row", x.shape)
     net = _network(bases, assignment)

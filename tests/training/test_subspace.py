@@ -83,6 +83,8 @@ def test_denoising_loss_wants_frames_and_points(key):
     bases = linalg.random_frames(key, 2, 12, 3)
     with pytest.raises(ValueError, match="denoising_loss: bases is no frame"):
         training.denoising_loss(key, jnp.ones((4, 12)), 2 * bases)
+    with pytest.raises(ValueError, match="denoising_loss: x is not finite"):
+        training.denoising_loss(key, jnp.full((4, 12), jnp.nan), bases)
     with pytest.raises(ValueError, match="no points"):
         training.denoising_loss(key, jnp.ones((0, 12)), bases)
 
