@@ -15,6 +15,7 @@ Nothing is jitted here. Compile once at the outside::
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,8 @@ def sample(
 
     Args:
         key: typed random key; a deterministic solver started from an array does not use it.
-        denoise_fn: ``(x_t: [b, *data], t: scalar) -> x0_hat: [b, *data]``.
+        denoise_fn: ``(x_t: [b, *data], t: scalar) -> x0_hat: [b, *data]``. One with an attribute
+            ``min_steps`` (that of the empirical distribution has 72) warns of fewer steps.
         schedule: noise schedule.
         ts: ``[num_steps + 1]`` strictly decreasing times. A last entry of 0, or anything up to
             ``schedule.t_min``, ends on the denoised example. With known (not traced) numbers the
@@ -131,6 +133,7 @@ def sample(
         ((4, 3), (4, 4, 3), 35)
     """
     ts = check_grid("sample", schedule, ts)
+    _warn_if_stiff(denoise_fn, np.shape(ts)[0] - 1)
     _check_save(save)
     shape, x = _start(shape_or_x_T)
     index = _indices(index, shape[0])
@@ -325,6 +328,16 @@ def invert(
     # The branch not taken must not divide by the sigma of a clean end.
     noisy = ts.at[-1].set(jnp.where(known_later, 0.5 * ts[-2], ts[-1]))
     return jax.lax.cond(known_later, from_clean, lambda x: climb(noisy[::-1], x), x)
+
+
+def _warn_if_stiff(denoise_fn: DenoiseFn, num_steps: int) -> None:
+    least = getattr(denoise_fn, "min_steps", 0)
+    if num_steps < least:
+        text = (
+            f"sample: {num_steps} steps are few for this denoiser, whose flow is stiff: some "
+            f"noises end on another example than their own; use at least {least}."
+        )
+        warnings.warn(text, stacklevel=3)
 
 
 def _check_save(save: Any) -> None:

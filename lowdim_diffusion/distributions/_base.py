@@ -22,6 +22,9 @@ class Distribution(abc.ABC):
     data space have the shape of ``x``.
     """
 
+    min_steps = 0
+    """Steps below which a sampler leaves the paths of this law's denoiser; it warns of fewer."""
+
     @abc.abstractmethod
     def sample(self, key: PRNGKey, num_samples: int) -> tuple[Array, Array]:
         """Return ``(x0, labels)``: draws and the component that each came from."""
@@ -58,13 +61,7 @@ class Distribution(abc.ABC):
         the limit ``sigma -> 0``. The function is a pytree whose leaves are the parameters of the
         distribution and of the schedule, so it may be handed to a jitted function as an argument.
         """
-        return jax.tree_util.Partial(_denoise, self, schedule)
-
-
-def _denoise(p: Distribution, schedule: Schedule, x_t: ArrayLike, t: ArrayLike) -> Array:
-    x_t = jnp.asarray(x_t)
-    check_time("denoiser", t, x_t.shape[0] if x_t.ndim else 0)
-    return p.posterior_mean(x_t, schedule.alpha(t), schedule.sigma(t)).astype(x_t.dtype)
+        return _Denoiser(self, schedule)
 
 
 def register_pytree(cls: T) -> T:
@@ -98,6 +95,25 @@ def set_fields(p: Any, **values: Any) -> Any:
     for name, value in values.items():
         object.__setattr__(p, name, value)
     return p
+
+
+@register_pytree
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Denoiser:
+    """The posterior mean along a schedule."""
+
+    distribution: Distribution
+    schedule: Schedule
+
+    def __call__(self, x_t: ArrayLike, t: ArrayLike) -> Array:
+        x_t = jnp.asarray(x_t)
+        check_time("denoiser", t, x_t.shape[0] if x_t.ndim else 0)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return self.distribution.posterior_mean(x_t, alpha, sigma).astype(x_t.dtype)
+
+    @property
+    def min_steps(self) -> int:
+        return self.distribution.min_steps
 
 
 def real_array(value: ArrayLike, dtype: Any = None) -> Array:

@@ -59,6 +59,10 @@ class Empirical(Distribution):
         [[0.462117]]
     """
 
+    min_steps = 72
+    """Its flow is stiff: with 18 Heun steps 4 % of the noises end on another point than with 288,
+    with 72 at most 0.4 % (digits)."""
+
     data: Float[Array, "num *shape"]
     block_size: int = field(metadata={"static": True})
 
