@@ -9,7 +9,13 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import hidden_gaussian, jacobian_rank, phase_transition, probability_flow_distance
+from experiments import (
+    hidden_gaussian,
+    jacobian_rank,
+    phase_transition,
+    probability_flow_distance,
+    subspace_clustering,
+)
 from lowdim_diffusion import training
 
 
@@ -76,6 +82,26 @@ def test_subspace_clustering_writes_its_results(tmp_path):
     assert "--preset smoke\n" in text and len(re.findall(r"^\| \S", text, re.M)) == 2 + 10
     solved = [row for row in rows if row.startswith('"union') and "K-subspaces,1.0" in row]
     assert len(solved) == 3
+
+
+def test_page_of_results_has_methods_down_and_problems_across():
+    row = lambda data, method, accuracy, error: {
+        "data": data,
+        "method": method,
+        "accuracy": accuracy,
+        "error": error,
+    }
+    rows = [
+        row("union", "a", 1.0, 0.25),
+        row("union", "a", 0.5, 0.75),
+        row("digits", "a", 0.5, None),
+    ]
+    text = subspace_clustering.page([*rows, row("digits", "b", 0.125, None)], "python -m x --y")
+    assert "```sh\npython -m x --y\n```" in text
+    assert text.endswith(
+        "| method | union | digits |\n| --- | --: | --: |\n"
+        "| a | 0.750 (0.500) | 0.500 |\n| b |  | 0.125 |\n"
+    )
 
 
 @pytest.mark.slow
