@@ -12,11 +12,12 @@ import pytest
 from experiments import (
     hidden_gaussian,
     jacobian_rank,
+    memorization_detector,
     phase_transition,
     probability_flow_distance,
     subspace_clustering,
 )
-from lowdim_diffusion import training
+from lowdim_diffusion import safety, training
 
 
 def test_exact_rank_runs_from_d_to_kd():
@@ -184,3 +185,30 @@ def test_students_turn_from_their_data_to_their_teacher(tmp_path):
     assert few["e_gen"] > 0.85 and many["e_gen"] < 0.6
     assert few["e_mem"] < few["e_gen"] - 0.2 and many["e_gen"] < many["e_mem"] - 0.1
     assert 2 < probability_flow_distance.crossing(rows, "ratio") < 60
+
+
+@pytest.mark.slow
+def test_memorization_detector_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.memorization_detector", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    header, *rows = (tmp_path / "copies.csv").read_text().splitlines()
+    scores = 7 * (2 * 7 + 1)  # levels x (two scores at each tap, and stillness)
+    assert "auroc_judged_on" in header and len(rows) % scores == 0 and rows
+    assert len((tmp_path / "hallucinations.csv").read_text().splitlines()) == 1 + 29
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_hallucinations_are_filtered_as_published():
+    """Over 95 % removed at 96 % kept, in a window up to three standard deviations of a mode."""
+    preset = memorization_detector.PRESETS["cpu"]._replace(mixture_samples=20_000)
+    run = memorization_detector.sample_mixture("1, 2, 3", preset, 0)
+    assert 0 < run.hallucinated.mean() < 0.005
+    between = (run.x[run.hallucinated] > 1) & (run.x[run.hallucinated] < 3)
+    assert between.all()
+    removed = lambda count: safety.true_positive_rate(
+        safety.trajectory_variance(run.x0_hats[-count:]), run.hallucinated, 0.04
+    )
+    assert run.sigmas[-6] < 0.18 and removed(6) >= 0.95
+    assert removed(25) < 0.5
