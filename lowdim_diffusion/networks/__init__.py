@@ -16,6 +16,20 @@ name                what                                                    data
 own joins by :func:`from_linen` or :func:`from_nnx`, a released checkpoint by :func:`from_diffusers`
 or :func:`from_edm`. Parameters are plain trees of float32 arrays,
 and no module class is part of the contract; flax is imported when a network that needs it is made.
+
+Features inside a network are read at named *taps*, ``net.features(..., taps="block_1")``:
+
+==================  ============================================================================
+name                taps, in the order of the run
+==================  ============================================================================
+``lowrank``         ``gated`` ``[b, K, d]``: coordinates in the subspaces, times their weights
+``linear``          ``out``: its output
+``mlp``             ``hidden_i``: inside block i; ``block_i``: after it; ``last``: before the end
+``unet``            ``encoder_l_i``, ``down_l``, ``middle_i``, ``up_l``, ``decoder_l_i``: blocks
+``dit``             ``block_i`` ``[b, tokens, width]``: after each block
+``diffusers_unet``  each ResNet and attention module by its released name
+``song_unet``       each block by its released name, ``enc.16x16_block0``
+==================  ============================================================================
 """
 
 import importlib

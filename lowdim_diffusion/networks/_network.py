@@ -48,8 +48,8 @@ class Network:
             ``x_t / alpha``, a clean example plus ``exp(4 c_noise)`` times standard normal noise.
         num_classes: number of classes, 0 for an unconditional network.
         takes_clean: whether training shows it the clean examples (hard assignment does).
-        taps: names of the features inside it, in the order of the run; the page of the network's
-            module says what they are. None in adapters.
+        taps: names of the features inside it, in the order of the run; the table of this package
+            says what they are. None in adapters.
         collect: like ``apply``, but returns every tap; :meth:`features` is what to call.
     """
 
