@@ -20,10 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from lowdim_diffusion._checks import check_int, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
 from lowdim_diffusion.linalg import block_power, orthonormalize
+
+_CHUNK_BYTES = 2**26
+"""Largest array of a pass by default; all of a U-Net's pass is then about 1 GiB."""
 
 
 class JacobianInfo(NamedTuple):
@@ -52,6 +56,8 @@ def _linearize(
     if y.ndim == 0 or y.shape[0] != x.shape[0]:
         raise fail(where, "fn must keep the batch axis", f"({x.shape[0]}, ...)", y.shape)
     transposed = jax.linear_transpose(jvp, x)
+    if chunk is None:
+        chunk = max(1, _CHUNK_BYTES // _largest(jax.make_jaxpr(jvp)(x).jaxpr))
     wide = jnp.promote_types(x.dtype, jnp.float32)  # QR and SVD know no half precision
 
     def columns(product: Callable[[Array], Array], like: Array) -> Callable[[Array], Array]:
@@ -60,10 +66,14 @@ def _linearize(
             v = v.reshape(v.shape[:1] + like.shape).astype(like.dtype)
             # Equal branches: only tells shard_map that v varies over the devices as the data does.
             v = jnp.where(like[None] == 0, v, v)
-            if chunk is None or chunk >= len(v):
-                out = jax.vmap(product)(v)
+            # Equal batches: a remainder would be compiled as a second program.
+            count = math.ceil(len(v) / chunk)
+            size = math.ceil(len(v) / max(count, 1))
+            if count > 1:
+                filled = jnp.concatenate([v, jnp.zeros_like(v[: count * size - len(v)])])
+                out = jax.lax.map(product, filled, batch_size=size)[: len(v)]
             else:
-                out = jax.lax.map(product, v, batch_size=chunk)
+                out = jax.vmap(product)(v)
             return jnp.moveaxis(out.reshape((*out.shape[:2], -1)), 0, -1).astype(wide)
 
         return run
@@ -71,6 +81,21 @@ def _linearize(
     matmat = columns(jvp, x)
     rmatmat = columns(lambda v: transposed(v)[0], y)
     return matmat, rmatmat, math.prod(x.shape[1:]), y.shape
+
+
+def _largest(jaxpr: core.Jaxpr) -> int:
+    """Bytes of the largest array that a program makes."""
+    sizes = [1]
+    for equation in jaxpr.eqns:
+        arrays = [v.aval for v in equation.outvars if isinstance(v.aval, jax.core.ShapedArray)]
+        sizes += [math.prod(a.shape) * a.dtype.itemsize for a in arrays]
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        sizes += [_largest(getattr(j, "jaxpr", j)) for j in inner if _is_jaxpr(j)]
+    return max(sizes)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _inside(where: str, mask: Any, out_shape: tuple[int, ...]) -> Any:
@@ -122,8 +147,9 @@ def jacobian_svd(
             are accurate to about the square of the angle that is left, which is larger where they
             decay slowly; ``residual`` bounds it in any case.
         oversample: extra vectors that speed up convergence.
-        chunk: vectors pushed through at once, to bound the memory of the network's pass; None is
-            all ``rank + oversample`` together, the fastest.
+        chunk: vectors pushed through at once, to bound the memory of the network's pass. None takes
+            as many as keep its largest array within 64 MiB, and so all of a U-Net's near 1 GiB; all
+            ``rank + oversample`` together for small images.
         return_info: also return :class:`JacobianInfo`, which says whether it converged (and costs
             ``rank`` forward products more).
 
@@ -221,7 +247,7 @@ def jacobian_spectrum(
     """
     where = "jacobian_spectrum"
     check_int(where, "chunk", chunk)
-    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask)
+    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk)
     out = math.prod(out_shape[1:])
     product, side = (matmat, dim) if dim <= out else (rmatmat, out)
 

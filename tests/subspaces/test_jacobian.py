@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from closed_forms import molrg_data, molrg_jacobian, molrg_mean
 
-from lowdim_diffusion import linalg, subspaces
+from lowdim_diffusion import denoisers, linalg, networks, schedules, subspaces
 
 random_frames = jax.jit(
     linalg.random_frames, static_argnums=(1, 2, 3), static_argnames=("orthogonal", "dtype")
@@ -105,9 +105,42 @@ def test_slow_decay_converges_or_says_so(key):
     x = jnp.ones((1, 192))
     (_, got, _), info = jacobian_svd(fn, x, 10, key=key, return_info=True)
     np.testing.assert_allclose(got[0], s[:10], rtol=1e-3)
-    assert float(info.change[0]) <= 1e-4
-    _, info = jacobian_svd(fn, x, 10, key=key, max_iters=2, return_info=True)
+    assert float(info.change[0]) <= 1e-4 and float(info.residual.max()) < 1e-3
+    (_, got, _), info = jacobian_svd(fn, x, 10, key=key, max_iters=2, return_info=True)
     assert float(info.change[0]) > 1e-2 and int(info.num_iters) == 2
+    off = jnp.abs(got[0] / s[:10] - 1).max()
+    assert off > 1e-3 and float(info.residual.max()) > 1e-2  # and it is said
+
+
+def test_by_default_large_passes_run_in_parts():
+    """One vector's hidden layer takes 16 MiB: all eighteen together 288 MiB."""
+
+    def peak(chunk):
+        def find(x, wide, back):
+            fn = lambda x: jnp.tanh(x @ wide) @ back
+            return subspaces.jacobian_svd(fn, x, 10, key=jax.random.key(0), chunk=chunk)
+
+        size = 2**22
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 32), (32, size), (size, 32))]
+        return jax.jit(find).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(None) <= peak(4) < peak(18) / 2
+
+
+@pytest.mark.slow
+def test_ten_triplets_of_an_image_of_64_by_64_fit_into_four_gib():
+    """A U-Net that attends at 32x32: 32 MiB of attention per vector, pushed two at a time."""
+    options = dict(channels=64, channel_mult=(1, 2, 2), num_blocks=1, attention=(32,))
+    net = networks.make("unet", data_shape=(64, 64, 3), **options)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+
+    def find(params, x):
+        denoise_fn = denoisers.from_network(net, params, schedules.VE())
+        return subspaces.jacobian_svd(lambda x: denoise_fn(x, 1.0), x, 10, key=jax.random.key(0))
+
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    made = jax.jit(find).lower(params, x).compile().memory_analysis()
+    assert made.temp_size_in_bytes + made.argument_size_in_bytes < 4 * 2**30
 
 
 def test_spectrum_picks_the_shorter_side_and_chunks_agree(key):
