@@ -76,10 +76,11 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
 
 
 def _pretrained(out: pathlib.Path, found: networks.Pretrained) -> LoadedRun:
-    height, _, channels = found.net.data_shape
+    height, width, channels = found.net.data_shape
+    size = height if height == width else None  # images of other sides have to have them already
     config = RunConfig(
         out=str(out),
-        data=DataConfig(path="", size=height, channels=1 if channels == 1 else 3),
+        data=DataConfig(path="", size=size, channels=1 if channels == 1 else 3),
         loss=LossConfig(parametrization=found.parametrization, data_std=found.data_std),
     )
     model = build.Model(config, found.net, found.schedule)

@@ -17,9 +17,11 @@ and shifts after the second norm instead.
 *Noise level.* With ``time_embedding_type="positional"`` the features are sinusoids of the training
 step. The network holds the table of training steps (``beta_schedule`` and its kin) and finds the
 step, in general fractional, from the log-SNR; a level beyond either end counts as that end. With
-``"fourier"`` (NCSN++) they are sinusoids of ``log sigma`` at random frequencies: such a network is
-given ``x_0 + sigma eps`` unscaled (``input_scale="clean"``) and its ``apply`` returns ``x0_hat =
-x_t + sigma h``, where ``h / sigma`` is the score that diffusers returns.
+``"fourier"`` (NCSN++) they are sinusoids of ``log(sigma / 2)`` at random frequencies: such a
+network is given ``x_0 + sigma eps`` unscaled (``input_scale="clean"``) and its ``apply`` returns
+``x0_hat = x_t + sigma h``. In diffusers it works on images in [0, 1], here as all networks on those
+in [-1, 1]: with ``y = (x + 1) / 2`` and ``s = sigma / 2``, ``h / s`` at ``(y, s)`` is the score
+that diffusers returns.
 
 Taps, ``[b, h, w, c]``, have the names of the ResNet and attention modules that make them:
 ``down_blocks.0.resnets.0``, ``mid_block.attentions.0``, ...
@@ -30,6 +32,7 @@ References:
 """
 
 import functools
+import math
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +61,7 @@ ACTIVATIONS = {
 _WHERE = "diffusers_unet"
 _FIR = (1, 3, 3, 1)
 _SKIP_SCALE = 2**0.5
+_LOG_2 = math.log(2)
 _SKIP_ATTENTION_GROUPS = 32
 
 
@@ -89,7 +93,8 @@ class Config:
         freq_shift: the lowest of the ``half`` frequencies is ``10^-4`` to the power ``(half - 1) /
             (half - freq_shift)``.
         flip_sin_to_cos: whether cosines come before sines.
-        center_input_sample: whether the network itself maps ``x`` to ``2 x - 1``.
+        center_input_sample: whether the network itself maps its input ``x`` to ``2 x - 1``; with
+            ``"fourier"`` that input is ``(x + 1) / 2``.
         num_train_timesteps: training steps, for ``"positional"``.
         beta_schedule: kind of their table, see :func:`lowdim_diffusion.schedules.beta_table`.
         beta_start: first noise rate.
@@ -156,7 +161,7 @@ def _embedding(config: Config, c_noise: Array, cond: Any, dtype: Any) -> Array:
     first = config.block_out_channels[0]
     width = config.time_embedding_dim or 4 * first
     if config.time_embedding_type == "fourier":
-        e = layers.Fourier(first, name="time_proj")(4 * c_noise)  # log sigma
+        e = layers.Fourier(first, name="time_proj")(4 * c_noise - _LOG_2)
     else:
         table = config.schedule
         step = table.t_from_log_snr(-8 * c_noise)
@@ -239,6 +244,8 @@ class _UNet(nn.Module):
             return h
 
         raw = x
+        if config.time_embedding_type == "fourier":
+            x = (x + 1) / 2
         x = 2 * x - 1 if config.center_input_sample else x
         widths = config.block_out_channels
         last = len(widths) - 1
@@ -371,9 +378,13 @@ def _check(config: Config) -> None:
     check_choice(where, "resnet_time_scale_shift", config.resnet_time_scale_shift, shifts)
     kinds = ("positional", "fourier")
     check_choice(where, "time_embedding_type", config.time_embedding_type, kinds)
+    half = config.block_out_channels[0] // 2
+    if half > 1:
+        check_range(where, "freq_shift", config.freq_shift, 0, half, high_open=True)
     check_range(where, "norm_eps", config.norm_eps, 0, low_open=True)
     check_range(where, "mid_block_scale_factor", config.mid_block_scale_factor, 0, low_open=True)
-    for name in ("time_embedding_dim", "attention_head_dim", "norm_num_groups"):
+    counts = ("time_embedding_dim", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups")
+    for name in counts:
         if getattr(config, name) is not None:
             check_int(where, name, getattr(config, name))
     multiple = 2 ** (levels - 1)

@@ -15,13 +15,16 @@ again) and can be trained further. Files are read as safetensors only (``pip ins
 'lowdim-diffusion[pretrained]'``): a pickled checkpoint is refused, see the guide.
 """
 
+import functools
 import importlib
 import os
 import re
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Union
 
 import numpy as np
 
@@ -78,8 +81,8 @@ def from_diffusers(
     Returns:
         The network with ``schedules.Discrete`` (``t`` is the timestep of diffusers plus 1), or with
         ``schedules.VE`` for NCSN++. How the scheduler *samples* (clip_sample, thresholding, spacing
-        of timesteps) is no part of the network and is not taken over. The releases are trained on
-        images in [-1, 1], those of NCSN++ in [0, 1].
+        of timesteps) is no part of the network and is not taken over. Images are in [-1, 1]; the
+        NCSN++, which diffusers gives images in [0, 1], is changed for it, and its sigmas doubled.
 
     Raises:
         ValueError: for a pickled, damaged or incomplete checkpoint, tensors that do not fit, and
@@ -120,6 +123,7 @@ def from_diffusers(
 def from_edm(
     path: PathLike,
     *,
+    preconditioning: Literal["edm", "vp", "ve"] | None = None,
     data_std: float = 0.5,
     dropout: float = 0.0,
     dtype: str = "float32",
@@ -132,7 +136,10 @@ def from_edm(
     Args:
         path: ``.safetensors`` file of the state dict of the torch module, ``EDMPrecond`` or the
             ``SongUNet`` inside it, or a folder with one.
-        data_std: ``sigma_data`` of its preconditioning.
+        preconditioning: that of the module: ``EDMPrecond``, ``VPPrecond`` or ``VEPrecond``. The
+            tensors do not tell; None goes by the name of the file: those called ``baseline-*-vp``
+            and ``baseline-*-ve``, as they were released, have the latter two, all others the first.
+        data_std: ``sigma_data`` of ``EDMPrecond``.
         dropout: rate for further training; the file does not tell it.
         dtype: ``"float32"`` or ``"bfloat16"`` arithmetic.
 
@@ -147,18 +154,24 @@ def from_edm(
     where = "from_edm"
     check_range(where, "data_std", data_std, 0, low_open=True)
     tensors = read_tensors(where, Path(path))
+    if preconditioning is None:
+        preconditioning = _preconditioning(find_weights(where, Path(path))[0].stem)
+    check_choice(where, "preconditioning", preconditioning, tuple(_PRECONDITIONED))
     if tensors and all(name.startswith("model.") for name in tensors):
         tensors = {name.removeprefix("model."): t for name, t in tensors.items()}
     options = _song_options(where, tensors)
     module = _module("song_unet")
-    net = module.build(module.Config(**options, dropout=dropout, dtype=dtype))
+    options |= {"preconditioning": preconditioning, "dropout": dropout, "dtype": dtype}
+    net = module.build(module.Config(**options))
     weights = {
         name: _split_qkv(tensor) if ".qkv." in name else tensor
         for name, tensor in tensors.items()
         if name != "map_augment.weight" and not name.endswith(".resample_filter")
     }
     params = fill(where, net, weights, frequencies="freqs")
-    return Pretrained(net, params, schedules.VE(), "edm", data_std)
+    parametrization, levels = _PRECONDITIONED[preconditioning]
+    std = data_std if parametrization == "edm" else 1.0
+    return Pretrained(net, params, schedules.VE(*levels), parametrization, std)
 
 
 def _module(name: str) -> Any:
@@ -199,6 +212,34 @@ def _modern(name: str) -> str:
     return _OLD_ATTENTION.sub(lambda found: f"{found[1]}{_ATTENTION[found[2]]}.", name)
 
 
+_MOST, _MOST_LAYERS = 2**20, 64
+"""No number in a config is larger."""
+
+
+def _checked(where: str, stored: Mapping[str, Any], name: str, kind: Any, default: Any) -> Any:
+    """A field of a JSON file, which may hold anything, as ``kind``: lists as tuples."""
+    value = stored.get(name, default)
+    if not _fits(value, kind):
+        expected = kind.__name__ if isinstance(kind, type) else str(kind)
+        expected = re.sub(r"tuple\[(\w+), \.\.\.\]", r"list of \1", expected)
+        raise fail(where, f"wrong value of {name!r}", expected, f"{value!r:.80}")
+    if kind is float:
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, list | tuple) and all(_fits(one, inner) for one in value)
+    if kind in (int, float):
+        numbers = int if kind is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) <= _MOST
+    return isinstance(value, kind)
+
+
 def _unet_options(
     where: str, stored: Mapping[str, Any], data_shape: tuple[int, int, int] | None
 ) -> dict[str, Any]:
@@ -207,36 +248,44 @@ def _unet_options(
     if kind != "UNet2DModel":
         raise fail(where, "unsupported model class", "UNet2DModel", repr(kind))
     options = {name: value for name, value in stored.items() if not name.startswith("_")}
-    channels, out = options.pop("in_channels", 3), options.pop("out_channels", 3)
+    channels = _checked(where, options, "in_channels", int, 3)
+    out = _checked(where, options, "out_channels", int, 3)
     if channels != out:
         fix = (
             "a network that also predicts variances is not supported" if out == 2 * channels else ""
         )
         raise fail(where, "out_channels", f"in_channels = {channels}", out, fix)
-    size = options.pop("sample_size", None)
+    size = _checked(where, options, "sample_size", int | tuple[int, ...] | None, None)
     if data_shape is None:
         if size is None:
             raise fail(
                 where, "no sample_size in config.json", "an image size", None, "give data_shape"
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        data_shape = (height, width, channels)
+        sides = (size, size) if isinstance(size, int) else size
+        if len(sides) != 2:
+            raise fail(where, "sample_size", "one or two sides", sides)
+        data_shape = (*sides, channels)
     if data_shape[-1] != channels:
         raise fail(where, "data_shape", f"{channels} channels", data_shape)
-    num_classes = options.pop("num_class_embeds", None) or 0
+    num_classes = _checked(where, options, "num_class_embeds", int | None, None) or 0
+    for name in ("in_channels", "out_channels", "sample_size", "num_class_embeds"):
+        options.pop(name, None)
     options.pop("num_train_timesteps", None)  # of a learned time embedding only
-    for name in ("down_block_types", "up_block_types"):
-        if name in options:
-            options[name] = [str(kind).removeprefix("UNetRes") for kind in options[name]]
     known = {f.name: f.type for f in fields(_module("diffusers_unet").Config)}
     for name, value in list(options.items()):
-        if name not in known or name in _OURS:
-            if options.pop(name) is not None:
-                raise fail(where, f"unsupported option {name!r} of UNet2DModel", "none", value)
-        elif isinstance(value, list):
-            options[name] = tuple(value)
-        elif known[name] is float and isinstance(value, int):
-            options[name] = float(value)
+        if name in known and name not in _OURS:
+            options[name] = _checked(where, options, name, known[name], None)
+        elif options.pop(name) is not None:
+            raise fail(
+                where, f"unsupported option {name!r} of UNet2DModel", "none", f"{value!r:.80}"
+            )
+    if options.get("layers_per_block", 0) > _MOST_LAYERS:
+        raise fail(
+            where, "layers_per_block", f"at most {_MOST_LAYERS}", options["layers_per_block"]
+        )
+    for name in ("down_block_types", "up_block_types"):
+        if name in options:
+            options[name] = tuple(kind.removeprefix("UNetRes") for kind in options[name])
     return {**options, "data_shape": tuple(data_shape), "num_classes": num_classes}
 
 
@@ -259,31 +308,45 @@ def _steps(where: str, scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], An
         if scheduler.get(name):
             raise fail(where, f"unsupported option of {kind}", f"no {name}", scheduler[name])
     betas = scheduler.get("beta_schedule", "linear")
-    check_choice(where, "beta_schedule", betas, schedules.BETAS)
+    check_choice(where, "beta_schedule", betas, tuple(schedules.BETAS))
     old = "sample" if scheduler.get("predict_epsilon") is False else "epsilon"
     prediction = scheduler.get("prediction_type", old)
     check_choice(where, "prediction_type", prediction, tuple(_PREDICTIONS))
-    trained = scheduler.get("trained_betas")
+    number = functools.partial(_checked, where, scheduler)
     table = {
-        "num_train_timesteps": scheduler.get("num_train_timesteps", 1000),
+        "num_train_timesteps": number("num_train_timesteps", int, 1000),
         "beta_schedule": betas,
-        "beta_start": float(scheduler.get("beta_start", 1e-4)),
-        "beta_end": float(scheduler.get("beta_end", 0.02)),
-        "trained_betas": None if trained is None else tuple(map(float, trained)),
+        "beta_start": number("beta_start", float, 1e-4),
+        "beta_end": number("beta_end", float, 0.02),
+        "trained_betas": number("trained_betas", tuple[float, ...] | None, None),
     }
     return table, _PREDICTIONS[prediction]
 
 
 def _ve(where: str, scheduler: Mapping[str, Any]) -> schedules.VE:
-    """Schedule of NCSN++."""
+    """Schedule of NCSN++ for images in [-1, 1], twice as wide as those it was trained on."""
     kind = scheduler.get("_class_name", "ScoreSdeVeScheduler")
     if kind != "ScoreSdeVeScheduler":
         what = "unsupported scheduler of a network with time_embedding_type 'fourier'"
         raise fail(where, what, "ScoreSdeVeScheduler", repr(kind))
-    return schedules.VE(scheduler.get("sigma_min", 0.01), scheduler.get("sigma_max", 1348.0))
+    number = functools.partial(_checked, where, scheduler)
+    low, high = number("sigma_min", float, 0.01), number("sigma_max", float, 1348.0)
+    return schedules.VE(2 * low, 2 * high)
 
 
 # --- EDM ----------------------------------------------------------------------------------------
+
+_PRECONDITIONED: dict[str, tuple[Any, tuple[float, float]]] = {
+    "edm": ("edm", (0.002, 80.0)),
+    "vp": ("eps", (0.001, 152.0)),
+    "ve": ("x0", (0.02, 100.0)),
+}
+"""What the output means, and the noise levels that the network knows."""
+
+
+def _preconditioning(name: str) -> Any:
+    found = re.fullmatch(r"baseline-.*-(vp|ve)", name)
+    return found[1] if found else "edm"
 
 
 def _song_options(where: str, tensors: Tensors) -> dict[str, Any]:
@@ -310,6 +373,8 @@ def _song_options(where: str, tensors: Tensors) -> dict[str, Any]:
         return size // channels
 
     channels, colours = shape(first[0], 4)[:2]
+    if not channels:
+        raise fail(where, f"shape of {first[0]}", "at least one channel", shape(first[0], 4))
     block = "enc.{0}x{0}_block{1}.conv0.weight"
     sizes, mults = [], []
     while side >> len(sizes) and block.format(side >> len(sizes), 0) in tensors:

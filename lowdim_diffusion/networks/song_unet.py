@@ -25,10 +25,23 @@ level; a ``"skip"`` decoder adds an image of every level to the output.
 
 Taps, ``[b, h, w, c]`` after each block, have the release's names: ``enc.16x16_block0``, ...
 
+What the network is told of the noise level, and what its output F means, is the ``preconditioning``
+it was trained with (``sigma`` is that of ``x_0 + sigma eps``):
+
+========  =======================================  ================================
+option    told                                     ``x0_hat``
+========  =======================================  ================================
+``edm``   ``log(sigma) / 4``                       as ``parametrization="edm"``
+``vp``    ``999 t``, of the linear VP schedule     ``x - sigma F``, as ``"eps"``
+``ve``    ``log(sigma / 2)``                       ``x + sigma F``, done by ``apply``
+========  =======================================  ================================
+
 References:
-    Song et al. 2021, arXiv 2011.13456; Karras et al. 2022, arXiv 2206.00364, appendix F.2.
+    Song et al. 2021, arXiv 2011.13456; Karras et al. 2022, arXiv 2206.00364, table 1 and appendix
+    F.2.
 """
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +58,7 @@ from lowdim_diffusion.networks._network import Network, check_common, check_data
 
 _WHERE = "song_unet"
 _HALF = 0.5**0.5
+_BETA_MIN, _BETA_RANGE = 0.1, 19.9
 _EPS = 1e-6
 
 
@@ -65,6 +79,7 @@ class Config:
         encoder: ``"standard"``, ``"residual"`` or ``"skip"``.
         decoder: ``"standard"`` or ``"skip"``.
         resample_filter: weights of neighbouring pixels in resampling, an even number.
+        preconditioning: ``"edm"``, ``"vp"`` or ``"ve"``, see the top of this page.
         dropout: rate inside the blocks.
         num_classes: 0 for an unconditional network.
         dtype: ``"float32"`` or ``"bfloat16"`` arithmetic.
@@ -81,15 +96,26 @@ class Config:
     encoder: str = "standard"
     decoder: str = "standard"
     resample_filter: tuple[float, ...] = (1, 1)
+    preconditioning: str = "edm"
     dropout: float = 0.0
     num_classes: int = 0
     dtype: str = "float32"
+
+
+def _told(config: Config, c_noise: Array) -> Array:
+    """What the features of the noise level are made of."""
+    if config.preconditioning == "vp":
+        growth = jnp.log1p(jnp.exp(8 * c_noise))  # log(1 + sigma^2)
+        t = (jnp.sqrt(_BETA_MIN**2 + 2 * _BETA_RANGE * growth) - _BETA_MIN) / _BETA_RANGE
+        return 999 * t
+    return 4 * c_noise - math.log(2) if config.preconditioning == "ve" else c_noise
 
 
 def _embedding(config: Config, c_noise: Array, cond: Any, dtype: Any) -> Array:
     """Features of noise level and label."""
     size = config.channels * config.channel_mult_noise
     width = config.channels * config.channel_mult_emb
+    c_noise = _told(config, c_noise)
     if config.embedding == "fourier":
         e = layers.Fourier(size // 2, name="map_noise")(c_noise)
     else:
@@ -182,6 +208,8 @@ class _UNet(nn.Module):
                 y = jax.nn.silu(norm(h, f"{name}_aux_norm"))
                 y = layers.Conv(x.shape[-1], zero=True, name=f"{name}_aux_conv")(y)
                 image = y if image is None else layers.upsample(image, taps) + y
+        if config.preconditioning == "ve":
+            return x + jnp.exp(4 * c_noise)[:, None, None, None].astype(x.dtype) * image
         return image
 
 
@@ -204,6 +232,7 @@ def build(config: Config) -> Network:
     check_choice(_WHERE, "embedding", config.embedding, ("positional", "fourier"))
     check_choice(_WHERE, "encoder", config.encoder, ("standard", "residual", "skip"))
     check_choice(_WHERE, "decoder", config.decoder, ("standard", "skip"))
+    check_choice(_WHERE, "preconditioning", config.preconditioning, ("edm", "vp", "ve"))
     if len(config.resample_filter) % 2 or not sum(config.resample_filter) > 0:
         expected = "an even number of weights with a positive sum"
         raise fail(_WHERE, "resample_filter", expected, config.resample_filter)
@@ -218,4 +247,5 @@ def build(config: Config) -> Network:
         if size not in sizes:
             expected = "sizes among " + ", ".join(map(str, sizes))
             raise fail(_WHERE, "attention at a size that no level has", expected, size)
-    return from_module(_WHERE, _UNet(config), config)
+    net = from_module(_WHERE, _UNet(config), config)
+    return replace(net, input_scale="clean") if config.preconditioning == "ve" else net

@@ -265,8 +265,8 @@ def diffusers_model(name):
     return randomise(model), getattr(diffusers, kind)(**more)
 
 
-def edm_model(name, checkout):
-    """A random ``EDMPrecond`` in float32, differentiable by torch.func."""
+def edm_model(name, checkout, kind="EDMPrecond"):
+    """A random network of the EDM releases in float32, differentiable by torch.func."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     from training import networks
@@ -275,7 +275,7 @@ def edm_model(name, checkout):
         return torch.einsum("ncq,nck->nqk", q, k / math.sqrt(k.shape[1])).softmax(dim=2)
 
     networks.AttentionOp = type("AttentionOp", (), {"apply": staticmethod(weights)})
-    return randomise(networks.EDMPrecond(model_type="SongUNet", **SONG[name]))
+    return randomise(getattr(networks, kind)(model_type="SongUNet", **SONG[name]))
 
 
 def wide(model):
