@@ -280,10 +280,11 @@ def main() -> int:
         "LOCO on CelebA-HQ at 256x256, judged by people: local success .80, transfer .91, SSIM .71 "
         "(LPIPS .08), 79 s to learn a direction from one image, 2 s to apply it.",
     ).table(
-        ["run", "success", "transfer", "ssim", "seconds to learn", "seconds to apply"],
+        ["run", "images needed", "success", "transfer", "ssim", "s to learn", "s to apply"],
         [
             [
                 r["run"],
+                1,
                 *(
                     float(f"{r[c]:.3g}")
                     for c in ("success", "transfer", "ssim", "learn_s", "edit_s")

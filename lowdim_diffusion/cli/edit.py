@@ -4,6 +4,7 @@ import io
 import pathlib
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +38,16 @@ class EditArguments:
     """Bring a mask of another size to that of the images."""
     directions: int = option(4, ge=1)
     """How many directions per image."""
+    compose: tuple[int, ...] = ()
+    """Directions to add up into one more, by number from 1; a minus sign turns one around."""
+    toward: int | None = option(ge=0)
+    """Another image, by number: one direction more, that which takes the region towards it."""
+    transfer: tuple[int, ...] = ()
+    """Further images, by number, to edit along the directions of the first of --images."""
     null_rank: int = option(5, ge=0)
     """Leading directions of the rest of the image to keep clear of; 0 for none."""
+    max_iters: int = option(100, ge=1)
+    """Bound on the iterations of the search for directions."""
     sigma: float | None = option(gt=0)
     """Noise level (sigma / alpha) at which to edit. Unset: 1.5 times the spread of the data, and 3
     for a pretrained network."""
@@ -59,7 +68,8 @@ class EditArguments:
 _EXAMPLES = """\
 lowdim edit --run runs/demo
 lowdim edit --run runs/faces --images 5 17 --box 8 6 6 20 --directions 6
-lowdim edit --run runs/faces --mask eyes.png --sigma 3 --out edits"""
+lowdim edit --run runs/faces --mask eyes.png --sigma 3 --out edits
+lowdim edit --run runs/faces --images 5 --compose 1 -2 --toward 9 --transfer 17"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,12 +112,16 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     if dataset.data_shape != shape:
         have, want = ("x".join(map(str, s)) for s in (dataset.data_shape, shape))
         raise CommandError(f"{dataset.name}: images of {have}, and the run was trained on {want}")
-    if not given.images or not all(0 <= i < dataset.num_examples for i in given.images):
-        raise CommandError(f"--images: expected numbers from 0 to {dataset.num_examples - 1}")
+    numbers = {"images": given.images, "transfer": given.transfer, "toward": ()}
+    numbers["toward"] = () if given.toward is None else (given.toward,)
+    for name, index in numbers.items():
+        missing = name == "images" and not index
+        if missing or not all(0 <= i < dataset.num_examples for i in index):
+            raise CommandError(f"--{name}: expected numbers from 0 to {dataset.num_examples - 1}")
     mask = _mask(given, shape)
     out = pathlib.Path(given.out) if given.out else loaded.path / "edit"
     out.mkdir(parents=True, exist_ok=True)
-    index = np.asarray(given.images)
+    index = np.asarray([*given.images, *given.transfer])
     labels = None
     if loaded.model.net.num_classes and dataset.labels is not None:
         labels = dataset.labels[index]
@@ -116,10 +130,14 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
         dataset.floats(index),
         mask,
         labels=labels,
+        num_own=len(given.images),
+        compose=given.compose,
+        toward=None if given.toward is None else dataset.floats([given.toward])[0],
         averaged=given.average,
         sigma=given.sigma,
         num_directions=given.directions,
         null_rank=given.null_rank,
+        max_iters=given.max_iters,
         strength=given.strength,
         num_strengths=given.num_strengths,
         num_steps=given.steps,
@@ -127,17 +145,29 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     )
     print(
         f"{len(index)} images, {given.directions} directions each at sigma {found.sigma:.3g}, in "
-        f"{time.monotonic() - begin:.1f} s"
+        f"{time.monotonic() - begin:.1f} s: {found.compile_s:.1f} s to compile, "
+        f"{found.learn_s:.2g} s to learn from an image, {found.edit_s:.2g} s per picture"
     )
-    change = editor.summary(found)
+    own = editor.summary(found, slice(found.num_own))
     print(
-        f"round trip without an edit: rms {change.round_trip:.3g}\n"
+        f"round trip without an edit: rms {own.round_trip:.3g}\n"
         f"change inside : outside the mask at strength {given.strength:g}: "
-        f"{change.inside:.3g} : {change.outside:.3g}, random directions {change.random_inside:.3g} "
-        f": {change.random_outside:.3g}"
+        f"{own.inside:.3g} : {own.outside:.3g}, random directions {own.random_inside:.3g} "
+        f": {own.random_outside:.3g}"
     )
+    if given.transfer:
+        moved = editor.summary(found, slice(found.num_own, None))
+        print(f"transferred to other images: {moved.inside:.3g} : {moved.outside:.3g}")
+    if which := editor.unconverged(found):
+        warnings.warn(
+            f"the directions of image {', '.join(str(index[i]) for i in which)} had not converged "
+            f"in {given.max_iters} iterations (they still turned by "
+            f"{found.directions.change.max():.2g}); raise --max-iters",
+            stacklevel=2,
+        )
     _write_numbers(out / "edits.npz", found, index)
     names = [_name(dataset, i) for i in given.images]
+    names += [f"{_name(dataset, i)} along {names[0]}" for i in given.transfer]
     command = " ".join(["lowdim edit", *map(shlex.quote, argv)])
     for path in editor.report(out, found, names=names, command=command):
         print(path)

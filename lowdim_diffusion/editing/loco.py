@@ -49,6 +49,9 @@ class Directions(NamedTuple):
     kept: Float[Array, "b rank"]
     """``||(I - V_out V_out^T) raw||``; near 0 nothing acts on the region alone, and v is 0 where
     only rounding is left."""
+    change: Float[Array, " b"]
+    """Sine by which the subspaces searched for, inside or outside, still turned at the end: they
+    have converged if it is at most ``tol``; 0 where there was no search."""
 
 
 def find_directions(
@@ -76,10 +79,11 @@ def find_directions(
             With more of them less of the outside changes, down to what lies beyond their span.
         max_iters: as in :func:`~lowdim_diffusion.subspaces.jacobian_svd`.
         tol: as there.
-        chunk: as there; it bounds the memory, twice as many vectors being pushed at once.
+        chunk: as there; twice as many vectors are pushed at once, for inside and outside.
 
     Returns:
-        :class:`Directions` by descending ``raw_inside``; signs are arbitrary.
+        :class:`Directions` by descending ``raw_inside``; signs are arbitrary. ``change`` says
+        whether the search has converged.
 
     Raises:
         ValueError: for a mask of another size or without a pixel, or a rank above its pixels.
@@ -158,8 +162,41 @@ def supervised_direction(
     v = pull(jnp.where(inside, slope, 0))[0].reshape(x.shape[0], 1, -1)
     norm = jnp.linalg.norm(v, axis=-1, keepdims=True)
     vt = v / jnp.where(norm > 0, norm, 1)
-    out = _spaces(key, fn, x, inside, 0, null_rank, max_iters, tol, chunk)[1]
-    return _measured(fn, x, inside, vt, out)
+    _, out, change = _spaces(key, fn, x, inside, 0, null_rank, max_iters, tol, chunk)
+    return _measured(fn, x, inside, vt, out, change)
+
+
+def given_directions(
+    fn: Callable[[Array], Array], x: Float[Array, "b *data"], mask: Any, v: Float[Array, "*shape"]
+) -> Directions:
+    """Return directions found elsewhere, with what they do here.
+
+    Args:
+        fn: as in :func:`find_directions`.
+        x: ``[b, *data]`` noisy examples x_t.
+        mask: as in :func:`find_directions`.
+        v: ``[b, rank, *data]``, or ``[rank, *data]`` for the same on every image: directions of
+            another image (a transfer), or weighted sums of some (a composition). Of any length;
+            unit vectors along them are taken.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> fn, x = lambda x: x * jnp.array([[3.0, 4.0]]), jnp.ones((1, 2))
+        >>> found = given_directions(fn, x, jnp.array([1, 0]), jnp.array([[2.0, 2.0]]))
+        >>> [f"{float(a[0, 0]):.3f}" for a in (found.inside, found.outside)]
+        ['2.121', '2.828']
+    """
+    where = "given_directions"
+    inside = _mask(where, mask, x)
+    if v.ndim == x.ndim:
+        v = v[None]
+    if v.ndim != x.ndim + 1 or v.shape[2:] != x.shape[1:] or v.shape[0] not in (1, len(x)):
+        expected = f"[{len(x)}, rank, *data] or [rank, *data], data {x.shape[1:]}"
+        raise fail(where, "wrong shape of v", expected, v.shape)
+    rows = jnp.broadcast_to(v.reshape(*v.shape[:2], -1), (len(x), v.shape[1], x[0].size))
+    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    rows = rows / jnp.where(norm > 0, norm, 1)
+    return _measured(fn, x, inside, rows, rows[:, :0], _no_search(x))
 
 
 def random_directions(
@@ -169,7 +206,7 @@ def random_directions(
     check_int("random_directions", "rank", rank)
     inside = _mask("random_directions", mask, x)
     vt = _random_rows(key, x, rank)
-    return _measured(fn, x, inside, vt, vt[:, :0])
+    return _measured(fn, x, inside, vt, vt[:, :0], _no_search(x))
 
 
 def edit(
@@ -322,9 +359,9 @@ def loco(
     x_t = sampling.invert(denoise_fn, schedule, ts, x_0, solver=solver)
     t = jnp.asarray(ts, x_t.dtype)[0]
     fn = lambda x: denoise_fn(x, t)
-    vt, out = _spaces(key, fn, x_t, inside, rank, null_rank, max_iters, tol, chunk)
+    vt, out, change = _spaces(key, fn, x_t, inside, rank, null_rank, max_iters, tol, chunk)
     chance = _random_rows(jax.random.fold_in(key, 1), x_t, num_random)
-    found = _measured(fn, x_t, inside, vt, out, chance)
+    found = _measured(fn, x_t, inside, vt, out, change, chance)
     v = jnp.moveaxis(found.v, 1, 0)[:, None]
     moves = strengths.reshape((1, -1) + (1,) * x_t.ndim) * v
     moves = moves.reshape(-1, *x_t.shape)
@@ -358,8 +395,11 @@ def _spaces(
     max_iters: int,
     tol: float,
     chunk: int | None,
-) -> tuple[Array, Array]:
-    """Leading right singular rows of J_in ``[b, rank, n]`` and of J_out; zero where J_out is."""
+) -> tuple[Array, Array, Array]:
+    """Leading right singular rows ``[b, rank, n]`` of J_in and of J_out, and how far they turned.
+
+    Rows of J_out are zero where J_out is.
+    """
     count = null_rank
     if _known(inside):
         pixels = inside.reshape(len(inside), -1).sum(1)
@@ -368,18 +408,26 @@ def _spaces(
             raise fail("find_directions", "rank too large", expected, rank, "or widen the mask")
         count = min(null_rank, int(x[0].size - pixels.max()))
 
-    def rows(inside: Array) -> tuple[Array, Array]:
+    def rows(inside: Array) -> tuple[Array, Array, Array]:
         most = max(rank, count)
         options: Any = {"mask": inside, "max_iters": max_iters, "tol": tol, "chunk": chunk}
-        return subspaces.jacobian_svd(fn, x, most, key=key, **options)[1:]
+        options["return_info"] = True
+        (_, s, vt), info = subspaces.jacobian_svd(fn, x, most, key=key, **options)
+        return s, vt, info.change
 
     # Both searches are one program: the products of one linearization, for two masks.
     parts = [inside] * (rank > 0) + [~inside] * (count > 0)
     if not parts:
-        return jnp.zeros((len(x), 0, x[0].size)), jnp.zeros((len(x), 0, x[0].size))
-    s, vt = jax.vmap(rows)(jnp.stack(parts))
+        none = jnp.zeros((len(x), 0, x[0].size))
+        return none, none, _no_search(x)
+    s, vt, change = jax.vmap(rows)(jnp.stack(parts))
     alive = s > 100 * jnp.finfo(s.dtype).eps * s[..., :1]
-    return vt[0, :, :rank], jnp.where(alive[..., None], vt, 0)[-1, :, :count]
+    outside = jnp.where(alive[..., None], vt, 0)[-1, :, :count]
+    return vt[0, :, :rank], outside, change.max(axis=0)
+
+
+def _no_search(x: Array) -> Array:
+    return jnp.zeros_like(x, shape=x.shape[:1])
 
 
 def _random_rows(key: PRNGKey, x: Array, count: int) -> Array:
@@ -398,6 +446,7 @@ def _measured(
     inside: Any,
     raw: Array,
     out: Array,
+    change: Array,
     chance: Array | None = None,
 ) -> Directions:
     """Project unit rows ``raw: [b, rank, n]`` off ``out``, add ``chance``, measure all effects."""
@@ -411,9 +460,9 @@ def _measured(
         kept = jnp.concatenate([kept, jnp.ones(chance.shape[:2], kept.dtype)], axis=1)
     both = jnp.concatenate([v, raw], axis=1).reshape(x.shape[0], -1, *x.shape[1:])
     product = jax.linearize(fn, x)[1]
-    change = jax.vmap(product, in_axes=1, out_axes=1)(both.astype(x.dtype))
+    effect = jax.vmap(product, in_axes=1, out_axes=1)(both.astype(x.dtype))
     norm = lambda a: jnp.sqrt(jnp.sum(a**2, axis=tuple(range(2, a.ndim))))
-    within = jnp.split(norm(jnp.where(inside[:, None], change, 0)), 2, axis=1)
-    rest = jnp.split(norm(jnp.where(inside[:, None], 0, change)), 2, axis=1)
+    within = jnp.split(norm(jnp.where(inside[:, None], effect, 0)), 2, axis=1)
+    rest = jnp.split(norm(jnp.where(inside[:, None], 0, effect)), 2, axis=1)
     v, raw = jnp.split(both, 2, axis=1)
-    return Directions(v, within[0], rest[0], raw, within[1], rest[1], kept)
+    return Directions(v, within[0], rest[0], raw, within[1], rest[1], kept, change)

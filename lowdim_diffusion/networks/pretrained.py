@@ -169,7 +169,7 @@ def from_edm(
         if name != "map_augment.weight" and not name.endswith(".resample_filter")
     }
     params = fill(where, net, weights, frequencies="freqs")
-    parametrization, levels = _PRECONDITIONED[preconditioning]
+    parametrization, levels = _PRECONDITIONED[str(preconditioning)]
     std = data_std if parametrization == "edm" else 1.0
     return Pretrained(net, params, schedules.VE(*levels), parametrization, std)
 
@@ -264,7 +264,7 @@ def _unet_options(
         sides = (size, size) if isinstance(size, int) else size
         if len(sides) != 2:
             raise fail(where, "sample_size", "one or two sides", sides)
-        data_shape = (*sides, channels)
+        data_shape = (sides[0], sides[1], channels)
     if data_shape[-1] != channels:
         raise fail(where, "data_shape", f"{channels} channels", data_shape)
     num_classes = _checked(where, options, "num_class_embeds", int | None, None) or 0

@@ -87,8 +87,8 @@ def _largest(jaxpr: core.Jaxpr) -> int:
     """Bytes of the largest array that a program makes."""
     sizes = [1]
     for equation in jaxpr.eqns:
-        arrays = [v.aval for v in equation.outvars if isinstance(v.aval, jax.core.ShapedArray)]
-        sizes += [math.prod(a.shape) * a.dtype.itemsize for a in arrays]
+        arrays: list[Any] = [v.aval for v in equation.outvars]
+        sizes += [math.prod(a.shape) * a.dtype.itemsize for a in arrays if hasattr(a, "shape")]
         inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
         sizes += [_largest(getattr(j, "jaxpr", j)) for j in inner if _is_jaxpr(j)]
     return max(sizes)

@@ -64,6 +64,33 @@ def test_mask_files_and_other_images(digits, tmp_path):
     np.testing.assert_allclose(found["originals"], 100 / 127.5 - 1, atol=1e-6)
 
 
+def test_transfer_composition_and_supervision(digits, tmp_path, capsys):
+    """Beside the directions found; pictures of a larger edit before it do not stay."""
+    (tmp_path / "edit_7.png").write_bytes(b"old")
+    (tmp_path / "edit_own.png").write_bytes(b"mine")
+    argv = "--images 5 --directions 2 --compose 1 -2 --toward 9 --transfer 17 --max-iters 1".split()
+    with pytest.warns(UserWarning, match="image 5 had not converged in 1 iter.*--max-iters"):
+        assert edit(digits, *argv, "--out", str(tmp_path)) == 0
+    assert "transferred to other images" in capsys.readouterr().out
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"edit_0.png", "edit_1.png", "edit_own.png"}
+    found = dict(np.load(tmp_path / "edits.npz"))
+    rows = ["direction 1", "direction 2", "1 − 2", "towards", "random"]
+    assert found["rows"].tolist() == rows and found["images"].shape[:3] == (2, 5, 3)
+    assert found["index"].tolist() == [5, 17]
+    v = found["direction_v"].reshape(2, 5, 64)
+    np.testing.assert_allclose(v[0], v[1], atol=1e-6)  # those of image 5, on image 17
+    np.testing.assert_allclose(np.linalg.norm(v, axis=-1), 1, atol=1e-5)
+    sums = v[0, 0] - v[0, 1]
+    np.testing.assert_allclose(v[0, 2], sums / np.linalg.norm(sums), atol=1e-5)
+    # The step towards image 9 raises its product with the difference inside the region.
+    mask = found["mask"].astype(bool)
+    slope = np.where(mask, data.digits().floats([9])[0] - found["originals"][0], 0)
+    score = (found["images"][0, 3] * slope).sum((-3, -2, -1))
+    assert score[0] < score[1] < score[2]
+    assert found["direction_change"][0] > 1e-3 and found["direction_change"][1] == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -76,6 +103,9 @@ def test_mask_files_and_other_images(digits, tmp_path):
         (["--box", "0", "0", "1", "2", "--directions", "3"], "the entries inside the mask"),
         (["--data", "molrg"], "the run was trained on 8x8x1"),
         (["--strength", "0"], "strength"),
+        (["--compose", "1", "5"], "expected numbers of directions, 1 to 4, got 5"),
+        (["--transfer", "1797"], "--transfer: expected numbers from 0 to 1796"),
+        (["--toward", "-1"], "--toward"),
         (["--direction", "3"], "did you mean --directions"),
     ],
 )
@@ -118,5 +148,11 @@ def test_pretrained_networks_are_sampled_and_edited(tmp_path, capsys):
     argv = "--data digits --images 1 --directions 1 --null-rank 1".split()
     assert edit(folder, *argv) == 0
     assert (folder / "edit" / "report.html").is_file()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"sample_size": 8', '"sample_size": [8, 4]'))
+    np.savez(tmp_path / "oblong.npz", x=np.full((1, 8, 4, 3), 100, np.uint8))
+    argv = f"--data {tmp_path / 'oblong.npz'} --images 0 --directions 1 --null-rank 1".split()
+    assert edit(folder, *argv) == 0
+    assert np.load(folder / "edit" / "edits.npz")["images"].shape[3:] == (8, 4, 3)
     assert main(["sample", "--run", str(tmp_path / "net.pkl")]) == 2
     assert "pickle" in capsys.readouterr().err
