@@ -141,7 +141,8 @@ def edit(
         parts = [editing.find_directions(key, fn, x_t, mask, num_directions, **limits)]
         if compose:
             each = [np.sign(i) * parts[0].v[:, abs(i) - 1] for i in compose]
-            parts.append(editing.given_directions(fn, x_t, mask, sum(each[1:], each[0])[:, None]))
+            total = jnp.sum(jnp.stack(each), axis=0)
+            parts.append(editing.given_directions(fn, x_t, mask, total[:, None]))
         if toward is not None:
             way = toward[None] - x
             score = lambda image: jnp.sum(image * way, axis=(1, 2, 3))
