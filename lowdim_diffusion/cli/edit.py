@@ -69,7 +69,7 @@ _EXAMPLES = """\
 lowdim edit --run runs/demo
 lowdim edit --run runs/faces --images 5 17 --box 8 6 6 20 --directions 6
 lowdim edit --run runs/faces --mask eyes.png --sigma 3 --out edits
-lowdim edit --run runs/faces --images 5 --compose 1 -2 --toward 9 --transfer 17"""
+lowdim edit --run runs/faces --compose 1 -2 --toward 9 --transfer 17 30"""
 
 
 def main(argv: Sequence[str]) -> int:
