@@ -401,7 +401,7 @@ def crosses(rows: list[dict[str, Any]], along: str, what: str) -> str:
     return f"The errors cross at {what} = {at:.3g}." if at else "The errors do not cross here."
 
 
-def report_mixture(report: Any, rows: Any, parts: Any, out: pathlib.Path) -> None:
+def report_mixture(report: Any, rows: Any, parts: Any, preset: Preset, out: pathlib.Path) -> None:
     """Curves and tables beside the reference values."""
     label = "samples per dimension N_k / d"
     for rank in sorted({r["rank"] for r in rows}):
@@ -413,8 +413,11 @@ def report_mixture(report: Any, rows: Any, parts: Any, out: pathlib.Path) -> Non
         }
         figure = error_curves(mine, "ratio", label, dashed=dashed)
         figure.savefig(out / f"mixture_{rank}.png", dpi=150)
-        steps = f"{mine[0]['steps']} steps; band: standard deviation over training sets"
-        report.figure(figure, f"Students after {steps}. Reference: one student of 6000 steps.")
+        report.figure(
+            figure,
+            f"Students of width {preset.width} after {preset.num_steps} steps; band: standard "
+            "deviation over training sets. Reference: one student of width 256, 6000 steps.",
+        )
         if here:
             figure = part_curves(here, "ratio", label)
             figure.savefig(out / f"bias_variance_{rank}.png", dpi=150)
@@ -492,7 +495,7 @@ def main() -> int:
         rows, parts = run_mixture(preset, out, options.seed, options.ranks)
         write_csv(out / "mixture.csv", rows)
         write_csv(out / "mixture_parts.csv", parts)
-        report_mixture(report, rows, parts, out)
+        report_mixture(report, rows, parts, preset, out)
     if "time" in options.part:
         rows = run_time(preset, out, options.seed)
         write_csv(out / "time.csv", rows)

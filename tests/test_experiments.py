@@ -188,6 +188,18 @@ def test_students_turn_from_their_data_to_their_teacher(tmp_path):
 
 
 @pytest.mark.slow
+def test_few_samples_are_learned_first_and_copied_later(tmp_path):
+    """E_gen falls and rises again along training at N_k = 2 d, E_mem only falls."""
+    preset = probability_flow_distance.PRESETS["smoke"]._replace(
+        width=96, num_noises=200, checkpoints=(100, 400, 2000)
+    )
+    rows = probability_flow_distance.run_time(preset, tmp_path, 0)
+    early, best, late = (r["e_gen"] for r in rows)
+    assert best < early - 0.1 and best < late - 0.05
+    assert (np.diff([r["e_mem"] for r in rows]) < -0.2).all()
+
+
+@pytest.mark.slow
 def test_memorization_detector_writes_its_results(tmp_path):
     command = [sys.executable, "-m", "experiments.memorization_detector", "--preset", "smoke"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
