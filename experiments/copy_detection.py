@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments._tables import write_csv
-from experiments.intrinsic_dimension import FOLDERS
 from lowdim_diffusion import data, generalization, reporting
 
 
@@ -38,6 +37,11 @@ PRESETS = {
     "paper": Preset(50_000, 10_000, 1000),
 }
 RATE = 0.01
+FOLDERS = {
+    "MNIST": ("mnist", "MNIST"),
+    "Fashion-MNIST": ("fashion-mnist", "fashion_mnist", "FashionMNIST"),
+    "CIFAR-10": ("cifar10", "cifar-10", "cifar-10-batches-py"),
+}
 
 
 # ---- alterations --------------------------------------------------------------------------------
