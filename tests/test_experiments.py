@@ -1,6 +1,7 @@
 """Experiments run at their smallest preset and show what they should."""
 
 import argparse
+import csv
 import functools
 import re
 import subprocess
@@ -172,6 +173,22 @@ def test_probability_flow_distance_writes_its_results(part, tmp_path):
     rows = (tmp_path / f"{part}.csv").read_text().splitlines()
     assert len(rows) == 1 + {"mixture": 4, "time": 2, "digits": 4}[part]
     assert "e_gen" in rows[0] and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_copy_detection_finds_light_copies_and_prefers_the_default(tmp_path):
+    command = [sys.executable, "-m", "experiments.copy_detection", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "copy_detection.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = lambda label, *hows: np.mean(
+        [float(r["found"]) for r in rows if r["embedding"] == label and (r["copy"] in hows)]
+    )
+    assert found("Laplacian of Gaussian", "noise .03", "contrast .6", "blend 20 %") > 0.97
+    hard = ("noise .1", "gamma 1.8", "blend 20 %")
+    assert found("Laplacian of Gaussian", *hard) >= found("random filters", *hard)
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow
