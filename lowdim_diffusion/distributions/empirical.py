@@ -8,10 +8,16 @@ r"""The empirical distribution of a data set, whose denoiser is the memorising o
 
 Every sum runs over the data in blocks with a running maximum (streaming log-sum-exp), so neither
 ``[b, N, n]`` nor, for the mean and the score, ``[b, N]`` is ever stored. Distances are sums of
-squared
-differences: expanding the square is faster but loses ``eps ||x||^2 / s^2`` in the exponent,
-    everything at
-small noise.
+squared differences: expanding the square is faster but loses ``eps ||x||^2 / s^2`` in the exponent,
+everything at small noise.
+
+The mean of many points is that of matrix products instead. About a center c the exponent is
+
+.. math:: \big(2a\langle y_i - c, x - ac\rangle - a^2\|y_i - c\|^2\big) / 2s^2 + \text{const}
+
+and rounds by about ``eps a ||x - a c|| ||y_i - c|| / s^2``. Where that is too much, the exponents
+of the largest few are computed again about the nearest point, ``c = y_0``, which keeps their
+digits at any noise; where these few do not hold all the weight, differences decide as above.
 
 References:
     Zhang, Zhou, Lu, Guo, Wang, Shen, Qu 2023, arXiv 2310.05264 (section on the theoretical
@@ -38,6 +44,10 @@ from lowdim_diffusion.distributions._base import (
 from lowdim_diffusion.linalg import log_2pi
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_MANY = 512  # points from which, and numbers per point beyond which, the mean is of products
+_FEW = 16
+_CANDIDATES = 32
+_LOGIT_ERROR = 4e-4  # of a weight, relative; that of squared differences is about as much
 
 
 @register_pytree
@@ -212,8 +222,91 @@ class Empirical(Distribution):
         return jax.lax.dynamic_slice_in_dim(rows, start, size).astype(dtype), fresh, start
 
     def _mean(self, x: Array, a: Array, s: Array) -> Array:
+        num, dim = self._rows.shape
+        if num < _MANY or dim <= _FEW:
+            return self._direct_mean(x, a, s)
+        some = jax.lax.stop_gradient(self._rows[:: max(num // 256, 1)]).astype(x.dtype)
+        center = jnp.mean(some, axis=0)
+        size = jnp.sqrt(jnp.max(jnp.sum((some - center[None]) ** 2, axis=-1)))
+        frozen = jax.lax.stop_gradient((x, a, s))
+        away = jnp.linalg.norm(frozen[0] - frozen[1][:, None] * center[None], axis=-1)
+        rounding = 2 * jnp.finfo(x.dtype).eps * frozen[1] * away * size
+        least = jnp.sqrt(rounding / _LOGIT_ERROR)
+        coarse = frozen[2] >= least
+        nothing = lambda x, a, s: jnp.zeros_like(x)
+        # Both sides see noise that they can bear: what is not taken must not give NaN derivatives.
+        products = lambda x, a, s: self._product_mean(x, a, jnp.maximum(s, least), center)
+        differences = lambda x, a, s: self._near_mean(x, a, s, center, coarse)
+        # Checkpoints: a derivative would keep what either branch may need.
+        products, differences = jax.checkpoint(products), jax.checkpoint(differences)
+        by_products = jax.lax.cond(jnp.any(coarse), products, nothing, x, a, s)
+        by_differences = jax.lax.cond(jnp.all(coarse), nothing, differences, x, a, s)
+        return jnp.where(coarse[:, None], by_products, by_differences)
+
+    def _direct_mean(self, x: Array, a: Array, s: Array) -> Array:
         _, total, sums = self._reduce(x, a, s, with_mean=True)
         return sums / total[:, None]
+
+    def _product_mean(self, x: Array, a: Array, s: Array, center: Array) -> Array:
+        """The mean with exponents about ``center``."""
+
+        def body(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+            largest, total, sums = carry
+            rows, fresh, _ = self._block(i, x.dtype)
+            rows = rows - center[None]
+            larger, rescale, w = _running_softmax(
+                largest, _centred_logits(x, rows, a, s, center), fresh
+            )
+            sums = sums * rescale[:, None] + jnp.matmul(w, rows, precision=_HIGHEST)
+            return (larger, total * rescale + jnp.sum(w, axis=-1), sums), None
+
+        lowest = jnp.full(x.shape[:1], -jnp.inf, x.dtype)
+        carry = (lowest, jnp.zeros_like(lowest), jnp.zeros_like(x))
+        carry, _ = jax.lax.scan(jax.checkpoint(body), carry, jnp.arange(self._num_blocks))
+        return center[None] + carry[2] / carry[1][:, None]
+
+    def _near_mean(self, x: Array, a: Array, s: Array, center: Array, skip: Array) -> Array:
+        """The mean over the few nearest points where they hold all weight, else over all."""
+        num, dim = self._rows.shape
+        keep = _CANDIDATES
+        y, b = jax.lax.stop_gradient((x, a))
+        one = jnp.ones_like(b)
+
+        def body(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
+            rows, fresh, start = self._block(i, x.dtype)
+            half = _centred_logits(y, jax.lax.stop_gradient(rows) - center[None], b, one, center)
+            half = jnp.where(fresh[None], half, -jnp.inf)
+            places = jnp.broadcast_to(start + jnp.arange(rows.shape[0]), half.shape)
+            best, at = jax.lax.top_k(jnp.concatenate([carry[0], half], axis=1), keep)
+            places = jnp.concatenate([carry[1], places], axis=1)
+            return (best, jnp.take_along_axis(places, at, axis=1)), None
+
+        shape = (x.shape[0], keep)
+        carry = (jnp.full(shape, -jnp.inf, x.dtype), jnp.zeros(shape, jnp.arange(1).dtype))
+        (best, index), _ = jax.lax.scan(body, carry, jnp.arange(self._num_blocks))
+
+        def refined(args: tuple[Array, ...]) -> tuple[Array, Array]:
+            x, a, s, best, index, skip = args
+            near = self._rows[index].astype(x.dtype)
+            squared = jnp.sum((x[None] - a * near) ** 2, axis=-1)
+            first = near[jnp.argmin(jax.lax.stop_gradient(squared))]
+            step = first[None] - near
+            inner = jnp.matmul(step, x - a * first, precision=_HIGHEST)
+            logits = -(a * inner + 0.5 * a**2 * jnp.sum(step**2, axis=-1)) / s / s
+            w = jax.nn.softmax(logits)
+            # Of the points left out, each has a distance of at least that of the last one kept.
+            away = jnp.sum((x - a * center) ** 2)
+            slack = 4 * dim**0.5 * jnp.finfo(x.dtype).eps * (away + jnp.min(squared))
+            left_out = 0.5 * away - best[-1] - slack - 0.5 * jnp.min(squared)
+            negligible = left_out / s / s > math.log(num) + 12
+            return first - jnp.matmul(w, step, precision=_HIGHEST), negligible | skip
+
+        # Few at a time: [b, candidates, n] is never stored.
+        few = max(min(2**21 // (keep * dim), x.shape[0]), 1)
+        args = (x, a, s, best, index, skip)
+        mean, enough = jax.lax.map(jax.checkpoint(refined), args, batch_size=few)
+        direct = lambda x, a, s, mean: jnp.where(enough[:, None], mean, self._direct_mean(x, a, s))
+        return jax.lax.cond(jnp.all(enough), lambda x, a, s, mean: mean, direct, x, a, s, mean)
 
     def _reduce(
         self, x: Array, a: Array, s: Array, *, with_mean: bool
@@ -240,6 +333,13 @@ def _logits(x: Array, rows: Array, a: Array, s: Array) -> Array:
     difference = x[:, None, :] - a[:, None, None] * rows[None]
     squared = jnp.sum(difference**2, axis=-1)
     return -0.5 * (squared / s[:, None] / s[:, None])
+
+
+def _centred_logits(x: Array, rows: Array, a: Array, s: Array, center: Array) -> Array:
+    """``_logits`` up to a constant per point; ``rows`` are centred already."""
+    inner = jnp.matmul(x - a[:, None] * center[None], rows.T, precision=_HIGHEST)
+    size = 0.5 * jnp.sum(rows**2, axis=-1)
+    return a[:, None] * (inner - a[:, None] * size[None]) / s[:, None] / s[:, None]
 
 
 def _running_softmax(largest: Array, logits: Array, fresh: Array) -> tuple[Array, Array, Array]:

@@ -143,6 +143,29 @@ def test_samples_are_uniform_over_the_rows(key):
     assert np.all(np.abs(counts - 1000) < 5 * 30)
 
 
+def test_many_points_at_every_noise_follow_float64():
+    """Products, the few nearest, differences (a crowd of 40 near copies): errors stay small."""
+    g = np.random.default_rng(0)
+    data = (g.normal(size=(600, 10)) @ g.normal(size=(10, 64)) + 5).astype(np.float32)
+    data[:40] = data[:1] + 1e-2 * g.normal(size=(40, 64))
+    p, eps = Empirical(data, block_size=128), g.normal(size=(12, 64))
+    mean = jax.jit(lambda x, sigma: p.posterior_mean(x, 1.0, sigma))
+    slope = jax.jit(lambda x, s: jax.jvp(lambda x: p.posterior_mean(x, 1.0, s), (x,), (eps32,))[1])
+    eps32 = jnp.asarray(eps, jnp.float32)
+    for sigma in np.geomspace(1e-3, 80, 14).astype(np.float32):
+        x = (data[34:46] + sigma * eps).astype(np.float32)
+        exact = reference(data.astype(np.float64), x.astype(np.float64), 1.0, float(sigma))
+        error = np.linalg.norm(mean(x, sigma) - exact["posterior_mean"], axis=1)
+        assert error.max() < 1e-3, sigma  # points are 25 apart
+        expected = np.einsum("bij,bj->bi", exact["posterior_jacobian"], eps)
+        scale = 1 + np.abs(expected).max()
+        assert np.abs(slope(x, sigma) - expected).max() < 5e-3 * scale, sigma
+    together = np.concatenate([data[:2], data[50:52]])
+    levels = np.array([1e-3, 0.5, 1e-3, 50], np.float32)
+    apart = np.concatenate([mean(together[i : i + 1], levels[i]) for i in range(4)])
+    np.testing.assert_allclose(mean(together, levels), apart, atol=1e-3)
+
+
 @pytest.mark.parametrize("num", [50, 500])
 def test_samples_are_training_points(key, num):
     """All end within 1e-2 (relative) of a point, as published; 72 steps, no warning."""
@@ -187,7 +210,7 @@ def test_gradient_memory_stays_below_the_batch_times_data(x64):
     x = jax.ShapeDtypeStruct((batch, dim), jnp.float32)
     loss = lambda x, p: jnp.sum(p.posterior_mean(x, 1.0, 0.5) ** 2)
     compiled = jax.jit(jax.grad(loss)).lower(x, p).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * 4 * batch * num * dim
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * 4 * batch * num * dim
 
 
 @pytest.mark.parametrize(
