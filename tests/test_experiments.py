@@ -183,7 +183,6 @@ def test_networks_near_their_gaussian_with_more_images_and_leave_it_with_time():
     wide = jax.jit(functools.partial(study, width=96, at=(2000, 8000)))
     (early, few), (_, many) = np.asarray(wide(20)), np.asarray(wide(1000))
     (narrow,) = np.asarray(jax.jit(functools.partial(study, width=64, at=(8000,)))(20))
-    print(early, few, many, narrow)
     assert few[0] > 1.5 * many[0]  # fewer images: farther from the Gaussian,
     assert few[1] < 0.8 * many[1]  # nearer to the optimum that memorizes,
     assert few[2] < many[2] - 0.05  # less linear,
