@@ -132,6 +132,14 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     return write_atomic(path, stored.getvalue())
 
 
+def _last_loss(losses: Sequence[tuple[int, float]]) -> tuple[float, str] | None:
+    """Return the mean loss of the last twentieth of training, at most 100 steps, and a note."""
+    recent = [loss for _, loss in losses[-min(max(len(losses) // 20, 1), 100) :]]
+    if not recent:
+        return None
+    return sum(recent) / len(recent), f"mean of the last {len(recent)} steps"
+
+
 def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
     from lowdim_diffusion import reporting
     from lowdim_diffusion.cli import analysis
@@ -157,9 +165,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
         summary={
             "training steps": loaded.step,
             "images seen": loaded.step * config.train.batch_size,
-            "last loss": (sum(v for _, v in losses[-100:]) / max(len(losses[-100:]), 1))
-            if losses
-            else None,
+            "last loss": _last_loss(losses),
             "parameters": (net.num_params, net.name),
             "sampler": f"{config.sample.solver}, {config.sample.num_steps} steps",
             **_copying(measured),
