@@ -5,8 +5,8 @@ inverse. Formulas avoid cancellation near both ends (``expm1``, products of sine
 enough.
 
 Every schedule is a frozen dataclass registered as a pytree: its parameters (numbers, or arrays of
-them under ``vmap``) are leaves, so a new
-value does not retrace a compiled function, and one can ``vmap`` or differentiate over them.
+them under ``vmap``) are leaves, so a new value does not retrace a compiled function, and one can
+``vmap`` or differentiate over them.
 
 References:
     Song et al. 2021, arXiv 2011.13456 (VP-SDE); Nichol & Dhariwal 2021, arXiv 2102.09672 (cosine);
@@ -54,7 +54,7 @@ def _check_numbers(where: str, **limits: tuple[Any, Any, bool]) -> None:
     """
     for name, (value, low, is_open) in limits.items():
         if isinstance(value, int | float) and isinstance(low, int | float):
-            check_range(where, name, value, low, low_open=is_open)
+            check_range(where, name, value, low, low_open=is_open, high_open=True)
 
 
 @jax.tree_util.register_dataclass
@@ -437,7 +437,7 @@ def karras_grid(
         num_steps: N, number of solver steps, >= 1 (with 1 the grid is ``[sigma_max, 0]``).
         sigma_min: smallest positive level.
         sigma_max: largest level.
-        rho: 1 is uniform in sigma, large values tend to uniform in log sigma.
+        rho: > 0; 1 is uniform in sigma, large values tend to uniform in log sigma.
 
     Examples:
         >>> [round(float(s), 2) for s in karras_grid(10)[:3]]
@@ -450,6 +450,7 @@ def karras_grid(
     check_range("karras_grid", "sigma_min", sigma_min, 0, low_open=True)
     if isinstance(sigma_min, int | float):
         check_range("karras_grid", "sigma_max", sigma_max, sigma_min)
+    check_range("karras_grid", "rho", rho, 0, low_open=True)
     first, last = _real(sigma_max) ** (1 / rho), _real(sigma_min) ** (1 / rho)
     ramp = jnp.arange(num_steps) / max(num_steps - 1, 1)
     levels = (first + ramp * (last - first)) ** rho

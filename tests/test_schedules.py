@@ -232,7 +232,7 @@ def test_vp_linear_inverse_for_any_betas(beta_min, extra, log_snr):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: schedules.VPLinear(beta_min=-1.0), r"beta_min out of range: expected \(0, inf\]"),
+        (lambda: schedules.VPLinear(beta_min=-1.0), r"beta_min out of range: expected \(0, inf\)"),
         (lambda: schedules.VPLinear(beta_min=2.0, beta_max=1.0), "beta_max out of range"),
         (lambda: schedules.VE(sigma_min=0.0), "sigma_min out of range"),
         (lambda: schedules.VE(sigma_min=2.0, sigma_max=1.0), "sigma_max out of range"),
@@ -244,6 +244,8 @@ def test_vp_linear_inverse_for_any_betas(beta_min, extra, log_snr):
         (lambda: schedules.beta_table("linear", 1), "num_steps too small"),
         (lambda: schedules.karras_grid(0), "num_steps too small: expected at least 1, got 0"),
         (lambda: schedules.karras_grid(4, 1.0, 0.5), "sigma_max out of range"),
+        (lambda: schedules.karras_grid(3, rho=0.0), "rho out of range"),
+        (lambda: schedules.VE(sigma_max=float("inf")), r"sigma_max out of range: .*inf\), got inf"),
     ],
 )
 def test_errors(make, message, unchecked):

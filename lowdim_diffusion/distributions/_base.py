@@ -146,6 +146,9 @@ def noisy_arguments(
 
 
 def resolvable_noise(x: Array) -> Array:
-    """Return ``[b]``, the noise at the rounding of ``x [b, n]``; it stands in for none at all."""
+    """Return ``[b]``, the noise at the rounding of ``x [b, n]``; it stands in for none at all.
+
+    At the origin it is 1e-12: squared distances of up to 1e14 over its square fit into float32.
+    """
     size = jnp.linalg.norm(jax.lax.stop_gradient(x), axis=-1)
-    return jnp.maximum(jnp.finfo(x.dtype).eps * size, 1e-15)
+    return jnp.maximum(jnp.finfo(x.dtype).eps * size, 1e-12)

@@ -255,3 +255,14 @@ def test_refused_times(each_class):
         p.denoiser(schedules.VE())(inputs(), np.ones(3))
     with pytest.raises(TypeError, match="num_samples must be an int"):
         p.sample(jax.random.key(0), True)
+
+
+@pytest.mark.parametrize("name", ["empirical", "molrg"])
+def test_the_origin_without_noise_is_finite_however_far_the_data(name):
+    """The nearest point or subspace; squared distances must not overflow in float32."""
+    far = np.float32(1e5) * np.array([np.ones(DIM), -1.5 * np.ones(DIM)], np.float32)
+    bases = np.stack([np.eye(DIM)[:, :2]] * 2).astype(np.float32)
+    p = Empirical(far) if name == "empirical" else MoLRG(bases, means=far)
+    got = jax.jit(p.denoiser(schedules.VE()))(jnp.zeros((1, DIM)), jnp.zeros(()))
+    want = far[0] if name == "empirical" else far[0] * (np.arange(DIM) > 1)
+    np.testing.assert_allclose(got[0], want, rtol=1e-3, atol=100.0)
