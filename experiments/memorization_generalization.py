@@ -56,7 +56,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "smoke": Preset(MLP._replace(num_samples=24, num_steps=8), (4, 64), (16, 32), (60,), 2, 100, 8),
     "cpu": Preset(
-        MLP, (8, 16, 32, 64, 128, 256, 512, 1024, 4096), (128, 256), (1500, 6000), 2, 500, 16
+        MLP, (8, 16, 32, 64, 128, 256, 512, 1024, 4096), (128, 256), (750, 3000), 2, 500, 16
     ),
     "paper": Preset(
         UNET, tuple(2**i for i in range(6, 16)), (64, 128, 256), (390_625,), 2, 10_000, None
