@@ -11,8 +11,9 @@
 Every variant's singular values are compared with the dense ones when the case is made; those of
 ours within 1e-3, or the case fails. What the published rule reaches is in the variant's name.
 
-The network's weights are random and large enough to matter: its spectrum falls slowly, to half at
-the tenth value, which a trained denoiser's does not at any but the lowest noise.
+The network's weights are random, and its spectrum is flat: at n = 3072 the tenth value was .89 of
+the first with one set of weights. That is the hard case for every iteration; a trained denoiser's
+values fall faster at all but the lowest noise.
 """
 
 import importlib.util
