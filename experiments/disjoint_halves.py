@@ -33,15 +33,15 @@ class Preset(NamedTuple):
     counts: tuple[int, ...]
     """N in each half; those that a data set cannot give are left out."""
     width: int
-    steps: int
     num_held_out: int
     size: int | None
 
 
+SMOKE = MLP._replace(lengths=(60,), num_samples=24, num_steps=8)
 PRESETS = {
-    "smoke": Preset(MLP._replace(num_samples=24, num_steps=8), (4, 32), 32, 60, 100, 8),
-    "cpu": Preset(MLP, (8, 32, 128, 512, 800, 4096), 128, 3000, 180, 16),
-    "paper": Preset(UNET, (64, 256, 1024, 4096, 16_384, 35_000), 128, 390_625, 5_000, None),
+    "smoke": Preset(SMOKE, (4, 32), 32, 100, 8),
+    "cpu": Preset(MLP, (8, 32, 128, 512, 800, 4096), 128, 180, 16),
+    "paper": Preset(UNET, (64, 256, 1024, 4096, 16_384, 35_000), 128, 5_000, None),
 }
 KINDS = ("models", "Gaussians", "optimal denoisers")
 
@@ -63,11 +63,12 @@ def train(
     if not counts:
         raise SystemExit(f"{examples.name}: fewer than {2 * preset.counts[0]} examples")
     middle = counts[-1]
+    recipe = generators.adapted(preset.recipe, preset.width, examples.x.shape[1:])
     found = generators.generate(
         examples.x[: 2 * middle],
-        preset.recipe,
+        recipe,
         width=preset.width,
-        num_steps=preset.steps,
+        num_steps=recipe.lengths[-1],
         grid={"count": counts, "first": (0, middle), "seed": (seed,)},
         mesh=mesh,
         path=out / "chunks" / examples.name,

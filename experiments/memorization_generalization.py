@@ -45,22 +45,17 @@ class Preset(NamedTuple):
     counts: tuple[int, ...]
     """N; those that a data set cannot give are left out."""
     widths: tuple[int, ...]
-    lengths: tuple[int, ...]
-    """Training steps."""
     num_seeds: int
     num_held_out: int
     size: int | None
     """Side of images read from files; None keeps them as they are."""
 
 
+SMOKE = MLP._replace(lengths=(60,), num_samples=24, num_steps=8)
 PRESETS = {
-    "smoke": Preset(MLP._replace(num_samples=24, num_steps=8), (4, 64), (16, 32), (60,), 2, 100, 8),
-    "cpu": Preset(
-        MLP, (8, 16, 32, 64, 128, 256, 512, 1024, 4096), (128, 256), (750, 3000), 2, 500, 16
-    ),
-    "paper": Preset(
-        UNET, tuple(2**i for i in range(6, 16)), (64, 128, 256), (390_625,), 2, 10_000, None
-    ),
+    "smoke": Preset(SMOKE, (4, 64), (16, 32), 2, 100, 8),
+    "cpu": Preset(MLP, (8, 16, 32, 64, 128, 256, 512, 1024, 4096), (128, 256), 2, 500, 16),
+    "paper": Preset(UNET, tuple(2**i for i in range(6, 16)), (64, 128, 256), 2, 10_000, None),
 }
 
 # Zhang et al. 2023, arXiv 2310.05264, figure 2, read off the plot: CIFAR-10, U-Nets.
@@ -100,9 +95,10 @@ def counts_of(preset: Preset, examples: Examples) -> tuple[int, ...]:
 
 def train(examples: Examples, preset: Preset, out: pathlib.Path, seed: int, mesh: Any) -> Results:
     """Train and sample all models of one data set."""
-    counts, recipe = counts_of(preset, examples), preset.recipe
+    counts = counts_of(preset, examples)
+    recipe = generators.adapted(preset.recipe, min(preset.widths), examples.x.shape[1:])
     made, loss = {}, {}
-    for width, steps in itertools.product(preset.widths, preset.lengths):
+    for width, steps in itertools.product(preset.widths, recipe.lengths):
         found = generators.generate(
             examples.x,
             recipe,
@@ -311,16 +307,16 @@ def _cell(value: Any) -> str:
 
 def dry_run(preset: Preset, loaded: list[Examples]) -> None:
     """Print what would be trained."""
-    recipe = preset.recipe
     for examples in loaded:
         counts = counts_of(preset, examples)
+        recipe = generators.adapted(preset.recipe, min(preset.widths), examples.x.shape[1:])
         print(f"{examples.name}: N = {', '.join(map(str, counts))}")
         for width in preset.widths:
             net = generators.network(recipe, width, examples.x.shape[1:])
             print(
-                f"  {recipe.network} of width {width}: {net.num_params:,} parameters, "
+                f"  {recipe.network} ({recipe.parametrization}) of width {width}: {net.num_params:,} parameters, "
                 f"{len(counts) * preset.num_seeds} models x "
-                f"{' and '.join(f'{steps:,}' for steps in preset.lengths)} steps of "
+                f"{' and '.join(f'{steps:,}' for steps in recipe.lengths)} steps of "
                 f"{recipe.batch_size} images, {recipe.num_samples:,} samples each"
             )
 

@@ -49,10 +49,9 @@ def test_transition_is_found_between_two_counts():
 def test_models_pass_from_copying_to_agreeing(digits, tmp_path):
     """Check 8: GL up in N, later for the wider network; RP to the optimal denoiser down to 0."""
     preset = memorization_generalization.PRESETS["cpu"]._replace(
-        recipe=generators.MLP._replace(num_samples=100),
+        recipe=generators.MLP._replace(num_samples=100, lengths=(2500,)),
         counts=(16, 1024),
         widths=(64, 128),
-        lengths=(2500,),
     )
     results = memorization_generalization.train(digits, preset, tmp_path, 0, None)
     rows, threshold = memorization_generalization.score(results, preset)
@@ -81,6 +80,14 @@ def test_writes_its_results(name, table, pictures, tmp_path):
     assert {f"{table}.csv", "report.html", "chunks"} <= {p.name for p in tmp_path.iterdir()}
     assert len((tmp_path / f"{table}.csv").read_text().splitlines()) >= 5
     assert len(list(tmp_path.glob("*.png"))) >= pictures - 1
+
+
+def test_images_beyond_the_width_are_predicted_clean():
+    small = generators.adapted(generators.MLP, 128, (8, 8, 1))
+    large = generators.adapted(generators.MLP, 128, (16, 16, 1))
+    assert small.parametrization == "edm" and large.parametrization == "x0"
+    assert small.lengths == (1500, 6000) and large.lengths == (750, 3000)
+    assert generators.adapted(generators.UNET, 64, (32, 32, 3)) == generators.UNET
 
 
 @pytest.mark.parametrize("module", [memorization_generalization, disjoint_halves])
