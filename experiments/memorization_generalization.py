@@ -314,7 +314,8 @@ def dry_run(preset: Preset, loaded: list[Examples]) -> None:
         for width in preset.widths:
             net = generators.network(recipe, width, examples.x.shape[1:])
             print(
-                f"  {recipe.network} ({recipe.parametrization}) of width {width}: {net.num_params:,} parameters, "
+                f"  {recipe.network} ({recipe.parametrization}) of width {width}: "
+                f"{net.num_params:,} parameters, "
                 f"{len(counts) * preset.num_seeds} models x "
                 f"{' and '.join(f'{steps:,}' for steps in recipe.lengths)} steps of "
                 f"{recipe.batch_size} images, {recipe.num_samples:,} samples each"
