@@ -30,7 +30,7 @@ References:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def precision_recall(
     _check_widths(where, x, y)
     dtype = jnp.promote_types(x.dtype, y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)
-    sizes = {"block": block, "query_block": query_block}
+    sizes: Any = {"block": block, "query_block": query_block}
     reach = lambda z: nearest(z, z, k + 1, **sizes).distance[:, -1]
     radius = reach(y)
     holding = _balls_holding(x, y, radius, **sizes)
