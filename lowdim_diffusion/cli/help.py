@@ -79,7 +79,7 @@ def options(config: Any, title: str = "options", prefix: str = "") -> Sequence[s
         if "|" in placeholder and placeholder != "true|false":
             placeholder, choices = f.name.upper().replace("_", "-"), placeholder.replace("|", ", ")
             text = f"{text} One of {choices}."
-        shown = "" if value in (None, False, "") else _show(value)
+        shown = "" if value in (None, False, "", ()) else _show(value)
         name = "--" + f"{prefix}{f.name}".replace("_", "-")
         lines.append(entry(f"{name} {placeholder}".strip(), f"{text} {shown}".strip()))
     return [*textwrap.wrap(title, _width()), *lines, "", *sections]
