@@ -64,7 +64,7 @@ def _build(size: str) -> list[Variant]:
 
         def loss(params: Any, noisy: Any, y: Any) -> Any:
             weight, bias = params
-            return jnp.mean((noisy / dim**0.5 @ weight.T + bias - y) ** 2)
+            return jnp.mean((noisy / dim**0.5 @ weight.T + bias[None] - y) ** 2)
 
         def step(state: Any, i: Any) -> tuple[Any, None]:
             params, opt_state = state
