@@ -20,6 +20,7 @@ from lowdim_diffusion import (
     data,
     denoisers,
     distributions,
+    generalization,
     losses,
     networks,
     sampling,
@@ -52,6 +53,7 @@ class Recipe(NamedTuple):
 
 
 MLP = Recipe("mlp", {"depth": 3}, 64, 4e-3, (1500, 6000), 500)
+SMOKE = MLP._replace(lengths=(60,), num_samples=24, num_steps=8)
 # Karras et al. 2022, arXiv 2206.00364, table 7, without augmentation: what Zhang et al. trained.
 UNET = Recipe(
     "unet",
@@ -207,6 +209,13 @@ def gaussian(x: np.ndarray, recipe: Recipe) -> np.ndarray:
     )
     model = distributions.Gaussian.fit(flat)
     return np.asarray(model.flow(noise, 1.0, SCHEDULE.t_max, 1.0, 0.0))
+
+
+@jax.jit
+def search(samples: Any, known: Any) -> tuple[jax.Array, generalization.Nearest]:
+    """Return each sample's likeness to an image of ``known``, and its two nearest ones."""
+    cosine = generalization.most_similar(samples, known).cosine
+    return cosine, generalization.nearest(samples, known, k=2)
 
 
 def use_all_cores() -> None:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments import _generators as generators
-from experiments._generators import MLP, UNET, Examples, Recipe
+from experiments._generators import MLP, SMOKE, UNET, Examples, Recipe
 from experiments._tables import write_csv
 from lowdim_diffusion import generalization, reporting, sharding
 
@@ -37,7 +37,6 @@ class Preset(NamedTuple):
     size: int | None
 
 
-SMOKE = MLP._replace(lengths=(60,), num_samples=24, num_steps=8)
 PRESETS = {
     "smoke": Preset(SMOKE, (4, 32), 32, 100, 8),
     "cpu": Preset(MLP, (8, 32, 128, 512, 800, 4096), 128, 180, 16),
@@ -88,19 +87,12 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
     threshold = float(
         generalization.calibrate_threshold(examples.held_out, np.concatenate(pairs[-1].halves))
     )
-
-    @jax.jit
-    def search(made: Any, half: Any) -> Any:
-        cosine = generalization.most_similar(made, half).cosine
-        return cosine > threshold, generalization.is_memorized(
-            generalization.nearest(made, half, k=2)
-        )
-
     embed = jax.jit(generalization.default_embedding)  # of unit length
     rows = []
     for count, halves, kinds in pairs:
         for kind, (a, b) in kinds.items():
-            alike, copied = zip(*map(search, (a, b), halves), strict=True)
+            cosine, near = zip(*map(generators.search, (a, b), halves), strict=True)
+            copied = [generalization.is_memorized(found) for found in near]
             error = np.sqrt(((a - b) ** 2).reshape(len(a), -1).mean(1))
             rows.append(
                 {
@@ -110,7 +102,7 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
                     "similarity": np.median(np.sum(embed(a) * embed(b), axis=1)),
                     "rp": float(generalization.reproducibility_score(a, b, threshold)),
                     "rmse": np.median(error),
-                    "gl": 1 - np.mean(alike),
+                    "gl": np.mean(np.asarray(cosine) <= threshold),
                     "memorized": np.mean(copied),
                 }
             )

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _generators as generators
-from experiments._generators import MLP, UNET, Examples, Recipe
+from experiments._generators import MLP, SMOKE, UNET, Examples, Recipe
 from experiments._tables import write_csv
 from lowdim_diffusion import generalization, reporting, sharding
 
@@ -51,7 +51,6 @@ class Preset(NamedTuple):
     """Side of images read from files; None keeps them as they are."""
 
 
-SMOKE = MLP._replace(lengths=(60,), num_samples=24, num_steps=8)
 PRESETS = {
     "smoke": Preset(SMOKE, (4, 64), (16, 32), 2, 100, 8),
     "cpu": Preset(MLP, (8, 16, 32, 64, 128, 256, 512, 1024, 4096), (128, 256), 2, 500, 16),
@@ -120,11 +119,6 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
     threshold = float(generalization.calibrate_threshold(held_out, x[: results.counts[-1]]))
 
     @jax.jit
-    def search(samples: Any, known: Any) -> Any:
-        cosine = generalization.most_similar(samples, known).cosine
-        return cosine, generalization.nearest(samples, known, k=2)
-
-    @jax.jit
     def same(a: Any, b: Any) -> Any:
         return generalization.reproducibility_score(a, b, threshold)
 
@@ -140,7 +134,7 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
         models = {at: made[i] for at, made in results.made.items()}
         # One search for all models of this N, and for the images to compare them with.
         sets = [*itertools.chain.from_iterable(models.values()), optimal, held_out]
-        cosine, near = search(np.concatenate(sets), x[:count])
+        cosine, near = generators.search(np.concatenate(sets), x[:count])
         ends = np.cumsum([len(s) for s in sets])[:-1]
         split = lambda values, ends=ends: np.split(np.asarray(values), ends)
         novel = [np.mean(c <= threshold) for c in split(cosine)]
