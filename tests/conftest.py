@@ -1,5 +1,6 @@
 """Shared test set-up: emulated devices, strict dtypes, runtime shape checks."""
 
+import importlib.metadata
 import os
 import tempfile
 
@@ -12,9 +13,13 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # Workers share the cores; OpenBLAS threads on top of XLA's make small eigenproblems 100x slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+_flags = {"xla_force_host_platform_device_count": "8", "xla_cpu_parallel_codegen_split_count": "1"}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Its older code generator compiles in half the time; newer releases refuse the flag.
+    _flags["xla_cpu_use_fusion_emitters"] = "false"
+_given = os.environ.get("XLA_FLAGS", "")
+_added = [f"--{name}={value}" for name, value in _flags.items() if name not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_added]).strip()
 
 import jaxtyping
 

@@ -113,7 +113,7 @@ def test_jacobian_is_the_derivative(
     for mode in (jax.jacfwd, jax.jacrev):
         automatic = autodiff_jacobian(p, x, alpha, sigma, mode)
         np.testing.assert_allclose(jacobian, automatic, atol=1e-11)
-    np.testing.assert_array_equal(jacobian, jacobian.transpose(0, 2, 1))
+    np.testing.assert_allclose(jacobian, jacobian.transpose(0, 2, 1), atol=1e-15)
     assert np.linalg.eigvalsh(jacobian).min() > -1e-12
 
 
