@@ -237,7 +237,25 @@ class BlockSVD(NamedTuple):
     num_iters: Int[Array, ""]
 
 
-def block_power(
+_BLOCKS = 6
+"""Blocks in a Krylov space: beyond this its own algebra costs more than it saves."""
+
+
+class _Krylov(NamedTuple):
+    """State of :func:`block_krylov`: the space, and the triplets that it gives."""
+
+    filled: Array
+    direction: Array
+    left: Array
+    right: Array
+    coupling: Array
+    u: Array
+    s: Array
+    v: Array
+    change: Array
+
+
+def block_krylov(
     matmat: Callable[[Array], Array],
     rmatmat: Callable[[Array], Array],
     start: Float[Array, "*k dim width"],
@@ -248,19 +266,22 @@ def block_power(
 ) -> BlockSVD:
     r"""Return the leading singular triplets of a linear map A known only by its products.
 
-    Subspace iteration with a Rayleigh-Ritz step, for a stack of maps at once:
+    Block Golub-Kahan-Lanczos with full reorthogonalization, for a stack of maps at once. Each
+    iteration adds one block to a left and a right basis and solves the small problem in them:
 
-    .. math:: Q R = A V, \quad W = A^T Q, \quad W = P S O^T, \quad
-        U \leftarrow Q O,\; s \leftarrow S,\; V \leftarrow P.
+    .. math:: Q_i R = (I - Q Q^T) A P_{i-1}, \quad A^T Q = P B, \quad B = O S W^T, \quad
+        U \leftarrow Q W,\; s \leftarrow S,\; V \leftarrow P O.
 
-    Columns beyond ``rank`` are a buffer that speeds up convergence, which is linear with ratio
-    ``(s_{width+1} / s_rank)^2``; errors of the singular values are the square of the angle's. The
-    orthonormal factors come from Householder QR, which stays accurate when A has lower rank than
-    the block.
+    After a few blocks the space starts anew from its leading ``width`` vectors. With room for one
+    block this is subspace iteration, whose error falls by ``(s_{width+1} / s_rank)^2`` each time;
+    the polynomial in A^T A that more blocks stand for falls with the square root of the gap, so
+    slowly decaying values need far fewer products. Errors of the singular values are the square of
+    the angle's. Directions that are mere rounding are dropped, so the rank of A may be lower than
+    the block's.
 
     Iteration stops when the leading ``rank`` vectors of every map lie within ``tol`` (a sine) of
-    the previous *block*: rotations inside equal singular values do not count, nor do turns within
-    rounding, which are up to about ``100 eps s_1 / s_i`` for the i-th direction.
+    the previous leading *block*: rotations inside equal singular values do not count, nor do turns
+    within rounding, which are up to about ``100 eps s_1 / s_i`` for the i-th direction.
 
     Args:
         matmat: ``[..., dim, width] -> [..., out, width]``, A applied to each column.
@@ -272,39 +293,89 @@ def block_power(
         tol: see above, > 0.
 
     References:
-        Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
+        Golub, Luk & Overton 1981 (block Lanczos for singular values); Musco & Musco 2015, arXiv
+        1504.05477 (why it needs no gap); Halko, Martinsson & Tropp 2011, arXiv 0909.4061.
     """
-    check_int("block_power", "rank", rank)
-    check_int("block_power", "max_iters", max_iters)
-    check_range("block_power", "tol", tol, 0, low_open=True)
-    if rank > start.shape[-1]:
-        raise fail("block_power", "rank too large", f"at most width = {start.shape[-1]}", rank)
+    check_int("block_krylov", "rank", rank)
+    check_int("block_krylov", "max_iters", max_iters)
+    check_range("block_krylov", "tol", tol, 0, low_open=True)
+    width = start.shape[-1]
+    if rank > width:
+        raise fail("block_krylov", "rank too large", f"at most width = {width}", rank)
     mm = lambda x, y: jnp.matmul(x, y, precision=_HIGHEST)
     t = lambda x: jnp.swapaxes(x, -1, -2)
     rounding = 100 * jnp.finfo(start.dtype).eps
+    direction = jnp.linalg.qr(start)[0]
+    out = jax.eval_shape(matmat, start).shape[-2]
+    side = min(start.shape[-2], out)
+    blocks = max(min(_BLOCKS, side // width), 1)
 
-    def iterate(v: Array) -> tuple[Array, Array, Array, Array]:
-        q, _ = jnp.linalg.qr(matmat(v))
-        p, r = jnp.linalg.qr(rmatmat(q))
-        left, s, right = jnp.linalg.svd(r)
-        new = mm(p, left)
-        lead = new[..., :rank]
-        turned = jnp.linalg.norm(lead - mm(v, mm(t(v), lead)), axis=-2)
-        s_lead = s[..., :rank]
+    def beside(basis: Array, a: Array) -> Array:
+        """Orthonormal columns for what ``a`` has beside the basis; zeros where that is nothing."""
+        largest = jnp.max(jnp.linalg.norm(a, axis=-2), axis=-1)
+        q, r = jnp.linalg.qr(a - mm(basis, mm(t(basis), a)))
+        left, s, _ = jnp.linalg.svd(r)
+        q = mm(q, left) * (s > rounding / 10 * largest[..., None])[..., None, :]
+        # What was rounding lies in the basis again; nothing sound follows it.
+        q = q - mm(basis, mm(t(basis), q))
+        kept = jnp.cumprod(jnp.linalg.norm(q, axis=-2) > 0.5, axis=-1)[..., None, :]
+        return jnp.linalg.qr(q * kept)[0] * kept
+
+    def put(basis: Array, block: Array, i: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(basis, block, i * width, axis=-1)
+
+    def iterate(k: _Krylov) -> _Krylov:
+        q = beside(k.left, matmat(k.direction))
+        pulled = rmatmat(q)
+        p = beside(k.right, pulled)
+        left, right = put(k.left, q, k.filled), put(k.right, p, k.filled)
+        coupling = put(k.coupling, mm(t(right), pulled), k.filled)
+        inner, s, outer = jnp.linalg.svd(coupling)
+        u, v = mm(left, t(outer)[..., :width]), mm(right, inner[..., :width])
+        s = s[..., :width]
+        lead, s_lead = v[..., :rank], s[..., :rank]
+        turned = jnp.linalg.norm(lead - mm(k.v, mm(t(k.v), lead)), axis=-2)
         lost = turned * s_lead <= rounding * s_lead[..., :1]
-        return mm(q, t(right)), s, new, jnp.max(jnp.where(lost, 0, turned), axis=-1)
+        change = jnp.max(jnp.where(lost, 0, turned), axis=-1)
+        whole = jnp.sum(left**2, axis=(-2, -1)) > side - 0.5  # nothing is outside
+        change = jnp.where(whole, 0, change)
+        filled = k.filled + 1
+        anew = filled == blocks
+        empty = lambda a: jnp.where(anew, 0, a)
+        return _Krylov(
+            jnp.where(anew, 0, filled),
+            jnp.where(anew, v, p),
+            empty(left),
+            empty(right),
+            empty(coupling),
+            u,
+            s,
+            v,
+            change,
+        )
 
     def running(carry: Any) -> Array:
-        step, (_, _, _, change) = carry
-        return (step < max_iters) & jnp.any(change > tol)
+        step, k = carry
+        return (step < max_iters) & jnp.any(k.change > tol)
 
-    v = jnp.linalg.qr(start)[0]
-    # The loop starts from nothing, so that the products are compiled once.
-    like = jax.eval_shape(iterate, v)
-    u, s, _, change = (jnp.zeros(a.shape, a.dtype) + 0 * jnp.sum(v).astype(a.dtype) for a in like)
-    num_iters, (u, s, v, change) = jax.lax.while_loop(
-        running,
-        lambda carry: (carry[0] + 1, iterate(carry[1][2])),
-        (jnp.asarray(0), (u, s, v, change + jnp.inf)),
+    # Zeros that vary over devices as the start does; products are compiled once, in the loop.
+    nothing = 0 * direction[..., :1, :1]
+    zeros = lambda rows, columns: jnp.broadcast_to(nothing, (*start.shape[:-2], rows, columns))
+    dim, size = start.shape[-2], blocks * width
+    first = _Krylov(
+        jnp.asarray(0),
+        direction,
+        zeros(out, size),
+        zeros(dim, size),
+        zeros(size, size),
+        zeros(out, width),
+        zeros(1, width)[..., 0, :],
+        direction,
+        zeros(1, 1)[..., 0, 0] + jnp.inf,
     )
-    return BlockSVD(u[..., :rank], s[..., :rank], v[..., :rank], change, num_iters)
+    num_iters, k = jax.lax.while_loop(
+        running, lambda carry: (carry[0] + 1, iterate(carry[1])), (jnp.asarray(0), first)
+    )
+    # Vectors of values that are zero may be missing.
+    u, v = (orthonormalize(a[..., :rank]) for a in (k.u, k.v))
+    return BlockSVD(u, k.s[..., :rank], v, k.change, num_iters)

@@ -89,3 +89,49 @@ def test_safe_sqrt_gradient():
 def test_expand_right():
     assert linalg.expand_right(jnp.ones(3), 4).shape == (3, 1, 1, 1)
     assert linalg.expand_right(2.0, 4).shape == ()
+
+
+def krylov(a, width, rank, **options):
+    start = jax.random.normal(jax.random.key(9), (*a.shape[:-2], a.shape[-1], width), a.dtype)
+    products = lambda v: a @ v, lambda v: jnp.swapaxes(a, -1, -2) @ v
+    return linalg.block_krylov(*products, start, rank=rank, max_iters=200, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width"), [(8, 11), (8, 5), (20, 11), (20, 5), (64, 18), (50, 40)]
+)
+def test_krylov_space_of_a_map_with_few_rows(rows, width, x64):
+    """The space is full before, in, or after its first block; nothing beside it counts."""
+    a = gaussian(5, 2, 64, 48) * (jnp.arange(64) < rows)[None, :, None]
+    found = krylov(a, width, 3, tol=1e-8)
+    s, vt = np.linalg.svd(np.asarray(a), full_matrices=False)[1:]
+    np.testing.assert_allclose(found.s, s[:, :3], rtol=1e-13)
+    np.testing.assert_allclose(
+        np.abs(vt[:, :3] @ found.v), np.eye(3) + np.zeros((2, 3, 3)), atol=1e-8
+    )
+    np.testing.assert_allclose(
+        found.u * found.s[:, None], np.asarray(a) @ found.v, atol=1e-8 * s.max()
+    )
+    assert int(found.num_iters) <= 12
+
+
+def test_krylov_space_needs_no_gap(x64):
+    """A spectrum that falls by a percent per value: subspace iteration takes 88 steps to 1e-3."""
+    n = 600
+    u, v = (linalg.orthonormalize(gaussian(i, n, n)) for i in (6, 7))
+    s = 1 - 0.9 * np.arange(n) / n
+    found = krylov((u * s[None]) @ v.T, 18, 10, tol=5e-3)
+    np.testing.assert_allclose(found.s, s[:10], rtol=1e-4)
+    assert int(found.num_iters) <= 30
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_krylov_space_of_low_rank_has_whole_frames(rank):
+    """Values of zero have vectors too, in float32, where rounding looks like a direction."""
+    a = gaussian(8, 40, rank) @ gaussian(9, rank, 30) if rank else jnp.zeros((40, 30))
+    found = krylov(a.astype(jnp.float32), 9, 6)
+    s = np.linalg.svd(np.asarray(a, np.float64))[1][:6]
+    np.testing.assert_allclose(found.s, s, atol=2e-6 * s.max(initial=1))
+    for frame in (found.u, found.v):
+        np.testing.assert_allclose(frame.T @ frame, np.eye(6), atol=2e-6)
+    assert int(found.num_iters) <= 3

@@ -51,7 +51,7 @@ def test_models_pass_from_copying_to_agreeing(digits, tmp_path):
     preset = memorization_generalization.PRESETS["cpu"]._replace(
         recipe=generators.MLP._replace(num_samples=100, lengths=(2500,)),
         counts=(16, 1024),
-        widths=(64, 128),
+        widths=(128, 256),
     )
     results = memorization_generalization.train(digits, preset, tmp_path, 0, None)
     rows, threshold = memorization_generalization.score(results, preset)

@@ -72,7 +72,7 @@ _DEMO = _with(
     out="runs/demo",
     model=dict(channels=24),
     optim=dict(decay="cosine", lr=2e-3),
-    train=dict(steps=2500, batch_size=64, ema=0.995),
+    train=dict(steps=2000, batch_size=64, ema=0.995),
     checkpoint=dict(every=250),
 )
 

@@ -10,7 +10,7 @@ forms more than it returns: one linearization is shared by all vectors and all e
 
 References:
     Chen et al. 2024, arXiv 2409.02374 (masked Jacobians, power method);
-    Halko, Martinsson & Tropp 2011, arXiv 0909.4061 (subspace iteration).
+    Musco & Musco 2015, arXiv 1504.05477 (block Krylov methods).
 """
 
 import math
@@ -24,7 +24,7 @@ from jax.extend import core
 
 from lowdim_diffusion._checks import check_int, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
-from lowdim_diffusion.linalg import block_power, orthonormalize
+from lowdim_diffusion.linalg import block_krylov, orthonormalize
 
 _CHUNK_BYTES = 2**26
 """Largest array of a pass by default; all of a U-Net's pass is then about 1 GiB."""
@@ -124,9 +124,9 @@ def jacobian_svd(
 ) -> Any:
     r"""Return the leading singular triplets of the Jacobian of ``fn`` at each example of ``x``.
 
-    Block subspace iteration on one ``jax.linearize`` of ``fn``, transposed once, all vectors of all
+    A block Krylov space on one ``jax.linearize`` of ``fn``, transposed once, all vectors of all
     examples batched; the Jacobian is never formed. Stops when every example's leading right
-    subspace turns by less than ``tol`` (see :func:`lowdim_diffusion.linalg.block_power`), which
+    subspace turns by less than ``tol`` (see :func:`lowdim_diffusion.linalg.block_krylov`), which
     does not depend on signs or on rotations inside equal singular values.
 
     Args:
@@ -192,7 +192,7 @@ def jacobian_svd(
             expected = f"at most {count}, the entries inside the mask"
             raise fail(where, "rank too large", expected, rank, "widen the mask or lower the rank")
     block = _start_block(where, key, start, min(rank + oversample, largest), x, dim)
-    found = block_power(matmat, rmatmat, block, rank=rank, max_iters=max_iters, tol=tol)
+    found = block_krylov(matmat, rmatmat, block, rank=rank, max_iters=max_iters, tol=tol)
     svd = (found.u, found.s, jnp.swapaxes(found.v, -1, -2))
     if not return_info:
         return svd

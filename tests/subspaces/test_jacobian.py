@@ -227,11 +227,11 @@ def test_residual_is_the_distance_to_a_singular_pair(x64, key):
 
 def test_warm_start_saves_iterations_and_changes_nothing(key):
     """A neighbouring matrix with a spectrum that decays slowly."""
-    u, v = (random_frames(jax.random.fold_in(key, i), 1, 48, 48)[0] for i in range(2))
-    matrix = jnp.matmul(u * 0.85 ** jnp.arange(48.0)[None], v.T, precision="highest")
-    change = 1e-4 * jax.random.normal(jax.random.fold_in(key, 2), (48, 48))
+    u, v = (random_frames(jax.random.fold_in(key, i), 1, 96, 96)[0] for i in range(2))
+    matrix = jnp.matmul(u * 0.95 ** jnp.arange(96.0)[None], v.T, precision="highest")
+    change = 1e-4 * jax.random.normal(jax.random.fold_in(key, 2), (96, 96))
     fn = lambda a: lambda x: jnp.matmul(x, a.T, precision="highest")
-    x = jnp.ones((2, 48))
+    x = jnp.ones((2, 96))
     run = lambda fn, start: jacobian_svd(
         fn, x, 4, key=key, start=start, tol=1e-3, return_info=True, oversample=2
     )
