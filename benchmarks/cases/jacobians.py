@@ -1,4 +1,4 @@
-"""Ten leading singular triplets of a U-Net's Jacobian: block Krylov iteration against what people run.
+"""Ten leading singular triplets of a U-Net's Jacobian by block Krylov iteration, and by others.
 
 - the whole Jacobian, and its singular value decomposition;
 - the power method as published with LOCO (Chen et al. 2024, arXiv 2409.02374, algorithm 1): as many
