@@ -7,7 +7,6 @@ model is sampled from the same noises by the same deterministic solver.
 
 import functools
 import math
-import os
 import pathlib
 from typing import Any, Literal, NamedTuple
 
@@ -216,12 +215,3 @@ def search(samples: Any, known: Any) -> tuple[jax.Array, generalization.Nearest]
     """Return each sample's likeness to an image of ``known``, and its two nearest ones."""
     cosine = generalization.most_similar(samples, known).cosine
     return cosine, generalization.nearest(samples, known, k=2)
-
-
-def use_all_cores() -> None:
-    """On CPUs, make each core a device, so that as many small models train at once.
-
-    Without effect where accelerators are, or where the number of devices was chosen already.
-    """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)

@@ -194,7 +194,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=None, help="all by default")
     options = parser.parse_args()
     preset, out = PRESETS[options.preset], options.out
-    generators.use_all_cores()
+    sharding.cores_as_devices()
     out.mkdir(parents=True, exist_ok=True)
     mesh = sharding.data_mesh(options.devices)
     begin = time.monotonic()

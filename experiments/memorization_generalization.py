@@ -336,7 +336,7 @@ def main() -> int:
     preset, out = PRESETS[options.preset], options.out
     if options.counts:
         preset = preset._replace(counts=tuple(sorted(set(options.counts))))
-    generators.use_all_cores()
+    sharding.cores_as_devices()
     loaded = [
         generators.load(path, preset.size, preset.counts[-1], preset.num_held_out)
         for path in options.data

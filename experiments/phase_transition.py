@@ -466,6 +466,7 @@ def main() -> int:
     options = parser.parse_args()
     preset, out = PRESETS[options.preset], options.out
     out.mkdir(parents=True, exist_ok=True)
+    sharding.cores_as_devices()
     mesh = sharding.data_mesh(options.devices)
     begin = time.monotonic()
     report = reporting.Report("Phase transition", f"n = {DIM}, preset {options.preset}")

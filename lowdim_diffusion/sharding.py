@@ -5,6 +5,7 @@ is split. Randomness is folded with each example's *global* index, so losses, pa
 samples do not depend on the number of devices or on how the batch was split.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ AXIS = "data"
 __all__ = [
     "AXIS",
     "check_batch",
+    "cores_as_devices",
     "data_mesh",
     "example_keys",
     "local_index",
@@ -29,6 +31,24 @@ __all__ = [
     "shard_batch",
     "split_over_data",
 ]
+
+
+def cores_as_devices() -> None:
+    """Make every core of the CPU a device, for many small problems (:func:`training.sweep`).
+
+    One device splits each operation over the cores, which small ones do not repay: 2,100 trainings
+    of a low-rank denoiser take 0.7 of the time on two devices of one core each. Call it before
+    anything is computed. A number of devices that was set before (``XLA_FLAGS``,
+    ``JAX_NUM_CPU_DEVICES``) stays.
+
+    Raises:
+        RuntimeError: if jax has already looked for its devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen < 0 and "host_platform_device_count" not in flags:
+        usable = getattr(os, "sched_getaffinity", None)  # not on every system
+        jax.config.update("jax_num_cpu_devices", len(usable(0)) if usable else os.cpu_count())
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:

@@ -17,6 +17,19 @@ def test_mesh_sizes():
     assert sharding.data_mesh(2).axis_names == ("data",)
 
 
+@pytest.mark.parametrize("given", ["", "--xla_force_host_platform_device_count=3"])
+def test_cores_become_devices_unless_told_otherwise(given):
+    program = (
+        "import jax; from lowdim_diffusion import sharding; sharding.cores_as_devices(); "
+        "print(jax.device_count())"
+    )
+    environment = {**os.environ, "XLA_FLAGS": given}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == (3 if given else len(os.sched_getaffinity(0)))
+
+
 def test_too_many_devices():
     count = len(jax.devices())
     with pytest.raises(

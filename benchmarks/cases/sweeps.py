@@ -36,7 +36,9 @@ def _sweep(num_trainings: int, num_steps: int) -> Variant:
         found = training.fit_subspaces(fit_key, _points(data_key), 1, RANK, num_steps=num_steps)
         return found.loss
 
-    call = lambda: training.sweep(fit, {"seed": range(num_trainings)}, chunk=num_trainings)
+    call = lambda: training.sweep(
+        fit, {"seed": range(num_trainings)}, chunk=num_trainings, batch_size=256
+    )
     return Variant("training.sweep, compiled each time", call, num_trainings)
 
 
