@@ -42,7 +42,6 @@ from lowdim_diffusion.cli.loading import LoadedRun, load_run
 from lowdim_diffusion.editing import masks
 
 MIN_INSIDE, MAX_OUTSIDE = 0.15, 0.10
-STEPS = (0.18, 0.36, 0.72)
 
 
 class Preset(NamedTuple):
@@ -80,9 +79,7 @@ def atlas(run: LoadedRun, x: np.ndarray, count: int, key: Any) -> tuple[np.ndarr
         eps = jax.random.normal(key, (count, *x.shape))
         states = wide(model.schedule.alpha(ts)) * x[None] + wide(model.schedule.sigma(ts)) * eps
         denoise_fn = build.denoiser(model, params)
-        return subspaces.spectral_atlas(
-            key, denoise_fn, model.schedule, states, ts, steps=STEPS, **options
-        )
+        return subspaces.spectral_atlas(key, denoise_fn, model.schedule, states, ts, **options)
 
     return sigmas, jax.tree.map(np.asarray, find(run.averaged, jnp.asarray(x)))
 
@@ -132,12 +129,9 @@ def measure(
     made = dict(zip(parts, np.split(np.asarray(images), ends[:-1]), strict=True))
     before = made["none"][0]
 
-    def changes(name: str) -> tuple[np.ndarray, np.ndarray]:
-        found = [editing.inside_outside_change(before, a, mask) for a in made[name]]
-        return (
-            np.stack([np.asarray(c.inside) for c in found]),
-            np.stack([np.asarray(c.outside) for c in found]),
-        )
+    def changes(name: str) -> tuple[np.ndarray, ...]:
+        one = lambda a: editing.inside_outside_change(before, a, mask)
+        return tuple(np.asarray(side) for side in jax.vmap(one)(made[name]))
 
     def success(name: str) -> np.ndarray:
         inside, outside = changes(name)
@@ -206,7 +200,10 @@ def study(run: LoadedRun, mask: Any, options: Any, report: Any) -> list[dict[str
     )
     report.figure(
         reporting.figures.curves(
-            {f"λ = {s:g} √n": (sigmas, found.cosine[..., i].mean(1)) for i, s in enumerate(STEPS)},
+            {
+                f"λ = {s:g} √n": (sigmas, found.cosine[..., i].mean(1))
+                for i, s in enumerate(subspaces.STEPS)
+            },
             xlabel="noise level σ",
             ylabel="cosine to the linear prediction",
             xscale="log",

@@ -1,8 +1,11 @@
 """Small files that are old or new but never half written, and names that survive power loss."""
 
+import io
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
 
 def sync_directory(path: pathlib.Path) -> None:
@@ -42,6 +45,15 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> pathlib.Path:
         raise
     sync_directory(path.parent)
     return path
+
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, Any]) -> pathlib.Path:
+    """Replace a file by a compressed ``.npz`` of named arrays, as :func:`write_atomic` does."""
+    import numpy as np
+
+    stored = io.BytesIO()
+    np.savez_compressed(stored, **arrays)
+    return write_atomic(path, stored.getvalue())
 
 
 def remove(path: pathlib.Path) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "replicated",
     "shard_batch",
     "split_over_data",
+    "vary_like",
 ]
 
 
@@ -120,3 +121,12 @@ def local_index(local_size: int, axis_name: str | None = None) -> Int[Array, " b
     """
     index: Any = jnp.arange(local_size, dtype=jnp.int32)
     return index if axis_name is None else index + jax.lax.axis_index(axis_name) * local_size
+
+
+def vary_like(a: Array, like: Array) -> Array:
+    """Return ``a``, which under ``shard_map`` counts as varying over the devices as ``like`` does.
+
+    A loop's carry has to have its final type from the start: a random block that is equal on all
+    devices, once it has met the data, is not.
+    """
+    return jnp.where(like.reshape(-1)[0] == 0, a, a)

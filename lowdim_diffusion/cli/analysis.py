@@ -17,7 +17,7 @@ from lowdim_diffusion._types import DenoiseFn
 from lowdim_diffusion.cli import build, drawing
 from lowdim_diffusion.cli.loading import LoadedRun
 
-__all__ = ["FULL", "STEPS", "Analysis", "analyze"]
+__all__ = ["FULL", "Analysis", "analyze"]
 
 FULL = 1024
 """Up to this dimension all singular values are computed, beyond it the leading ones."""
@@ -25,10 +25,6 @@ _CHEAP = 256
 """Up to this dimension that is cheap enough to do it for several examples."""
 _APART = 1000
 """Training examples compared with all others to learn how alike two different ones are."""
-
-
-STEPS = (0.18, 0.36, 0.72)
-"""Steps at which linearity is tested, in units of ``subspaces.step_length``."""
 
 
 class Analysis(NamedTuple):
@@ -174,9 +170,7 @@ def _spectrum(
 
     @jax.jit
     def run(states: Any, ts: Any) -> Any:
-        return subspaces.spectral_atlas(
-            key, denoise_fn, model.schedule, states, ts, steps=STEPS, **options
-        )
+        return subspaces.spectral_atlas(key, denoise_fn, model.schedule, states, ts, **options)
 
     return jax.tree.map(np.asarray, run(states, jnp.asarray(ts, states.dtype)))
 

@@ -1,6 +1,5 @@
 """``lowdim analyze``: measure a run and write its report."""
 
-import io
 import json
 import pathlib
 import shlex
@@ -100,10 +99,8 @@ def run(given: AnalyzeArguments) -> int:
 
 def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     """Write everything measured as arrays."""
-    import numpy as np
-
-    from lowdim_diffusion._files import write_atomic
-    from lowdim_diffusion.cli import analysis
+    from lowdim_diffusion import subspaces
+    from lowdim_diffusion._files import write_npz
 
     arrays = {
         "samples": measured.samples,
@@ -120,16 +117,14 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
         "rank_ratio": measured.spectrum.rank_ratio,
         "energy": measured.spectrum.energy,
         "asymmetry": measured.spectrum.asymmetry,
-        "linearity_steps": analysis.STEPS,
+        "linearity_steps": subspaces.STEPS,
         "linearity_norm_ratio": measured.spectrum.norm_ratio,
         "linearity_cosine": measured.spectrum.cosine,
         "exact_singular_values": measured.exact and measured.exact.values,
         "exact_rank_ratio": measured.exact and measured.exact.rank_ratio,
         **{f"angles: {name}": value for name, value in measured.angles.items()},
     }
-    stored = io.BytesIO()
-    np.savez_compressed(stored, **{k: v for k, v in arrays.items() if v is not None})
-    return write_atomic(path, stored.getvalue())
+    return write_npz(path, {k: v for k, v in arrays.items() if v is not None})
 
 
 def _last_loss(losses: Sequence[tuple[int, float]]) -> tuple[float, str] | None:
@@ -141,8 +136,7 @@ def _last_loss(losses: Sequence[tuple[int, float]]) -> tuple[float, str] | None:
 
 
 def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
-    from lowdim_diffusion import reporting
-    from lowdim_diffusion.cli import analysis
+    from lowdim_diffusion import reporting, subspaces
     from lowdim_diffusion.training.rundir import read_metrics
 
     rows = read_metrics(loaded.path / "metrics.jsonl")
@@ -184,7 +178,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             spectrum.rank_ratio,
             exact and exact.values,
             exact and exact.rank_ratio,
-            {f"λ = {step:g} √n": spectrum.cosine[..., i] for i, step in enumerate(analysis.STEPS)},
+            {f"λ = {step:g} √n": spectrum.cosine[..., i] for i, step in enumerate(subspaces.STEPS)},
             spectrum.asymmetry,
         ),
         angles={name: value.tolist() for name, value in measured.angles.items()},

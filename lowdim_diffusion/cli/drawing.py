@@ -1,6 +1,5 @@
 """Samples drawn and written: arrays as ``.npz``, pictures as one grid in a ``.png``."""
 
-import io
 import math
 import pathlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowdim_diffusion import data, reporting, sampling
-from lowdim_diffusion._files import write_atomic
+from lowdim_diffusion._files import write_atomic, write_npz
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build
 from lowdim_diffusion.cli.config import SampleConfig
@@ -80,9 +79,8 @@ def save(stem: pathlib.Path, x: np.ndarray, **extra: Any) -> list[pathlib.Path]:
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     pictures = x.ndim == 4 and x.shape[-1] in (1, 3)
-    stored = io.BytesIO()
-    np.savez_compressed(stored, x=data.to_uint8(x) if pictures else x, **extra)
-    written = [write_atomic(stem.with_name(stem.name + ".npz"), stored.getvalue())]
+    arrays = {"x": data.to_uint8(x) if pictures else x, **extra}
+    written = [write_npz(stem.with_name(stem.name + ".npz"), arrays)]
     if pictures:
         content = reporting.png(reporting.image_grid(x[:256]))
         written.append(write_atomic(stem.with_name(stem.name + ".png"), content))

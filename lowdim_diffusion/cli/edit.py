@@ -1,6 +1,5 @@
 """``lowdim edit``: local edits of images by the singular vectors of a run's Jacobian."""
 
-import io
 import pathlib
 import shlex
 import time
@@ -201,12 +200,8 @@ def _name(dataset: Any, i: int) -> str:
 
 
 def _write_numbers(path: pathlib.Path, found: Any, index: Any) -> None:
-    import numpy as np
-
-    from lowdim_diffusion._files import write_atomic
+    from lowdim_diffusion._files import write_npz
 
     arrays = {k: v for k, v in found._asdict().items() if k != "directions"}
     arrays |= {f"direction_{k}": v for k, v in found.directions._asdict().items()}
-    stored = io.BytesIO()
-    np.savez_compressed(stored, index=index, **arrays)
-    write_atomic(path, stored.getvalue())
+    write_npz(path, {"index": index, **arrays})

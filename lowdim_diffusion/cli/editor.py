@@ -233,16 +233,13 @@ def _row_names(num_directions: int, compose: Sequence[int], toward: bool) -> tup
     return (*names, *(["towards"] * toward), "random")
 
 
-def _changes(before: np.ndarray, after: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
+def _changes(before: np.ndarray, after: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
     """Root mean square change per value ``[b, D, S]`` inside and outside."""
     one = lambda a: editing.inside_outside_change(before, a, mask)
     flat = after.reshape(after.shape[0], -1, *before.shape[1:])
-    found = [one(flat[:, i]) for i in range(flat.shape[1])]
+    change = jax.vmap(one, in_axes=1, out_axes=1)(flat)
     shape = after.shape[:3]
-    return (
-        np.stack([np.asarray(c.inside) for c in found], 1).reshape(shape),
-        np.stack([np.asarray(c.outside) for c in found], 1).reshape(shape),
-    )
+    return tuple(np.asarray(side).reshape(shape) for side in change)
 
 
 def summary(found: Edited, images: slice = slice(None)) -> Summary:

@@ -28,6 +28,7 @@ from lowdim_diffusion import sampling, subspaces
 from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, PRNGKey, Schedule
 from lowdim_diffusion.editing.masks import check_mask
+from lowdim_diffusion.sharding import vary_like
 from lowdim_diffusion.solvers import Solver
 
 
@@ -435,9 +436,7 @@ def _random_rows(key: PRNGKey, x: Array, count: int) -> Array:
     if count > x[0].size:
         raise fail("random_directions", "rank too large", f"at most {x[0].size}", count)
     draws = jax.random.normal(key, (x.shape[0], x[0].size, count), x.dtype)
-    # Equal branches: only tells shard_map that the draws vary over the devices as the data does.
-    draws = jnp.where(x.reshape(x.shape[0], -1, 1)[:, :1] == 0, draws, draws)
-    return jnp.swapaxes(jnp.linalg.qr(draws)[0], 1, 2)
+    return jnp.swapaxes(jnp.linalg.qr(vary_like(draws, x))[0], 1, 2)
 
 
 def _measured(

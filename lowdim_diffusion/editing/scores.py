@@ -65,11 +65,6 @@ def _pair(where: str, a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     return a.astype(dtype), b.astype(dtype)
 
 
-def _root(x: Array) -> Array:
-    """Square root with a finite derivative at 0 that keeps NaN: a diverged edit must show."""
-    return jnp.where(jnp.isnan(x), x, safe_sqrt(x))
-
-
 def inside_outside_change(before: ArrayLike, after: ArrayLike, mask: ArrayLike) -> Change:
     r"""Return the root mean square change per number inside and outside of a mask.
 
@@ -104,7 +99,7 @@ def inside_outside_change(before: ArrayLike, after: ArrayLike, mask: ArrayLike) 
 
     def rms(part: Array) -> Array:
         total = jnp.sum(jnp.where(part, squared, 0), axis=axes)
-        return _root(total / jnp.maximum(jnp.sum(part), 1).astype(total.dtype))
+        return safe_sqrt(total / jnp.maximum(jnp.sum(part), 1).astype(total.dtype))
 
     return Change(rms(inside), rms(~inside))
 
@@ -332,7 +327,7 @@ def round_trip_error(before: ArrayLike, after: ArrayLike, *, data_range: Scalar 
     """
     before, after = _pair("round_trip_error", before, after)
     check_range("round_trip_error", "data_range", data_range, 0, low_open=True)
-    rmse = _root(jnp.mean((after - before) ** 2, axis=tuple(range(1, before.ndim))))
+    rmse = safe_sqrt(jnp.mean((after - before) ** 2, axis=tuple(range(1, before.ndim))))
     return RoundTrip(rmse, 20 * (jnp.log10(data_range) - jnp.log10(rmse)))
 
 

@@ -10,6 +10,7 @@ from lowdim_diffusion.subspaces.angles import (
     spectral_distance,
 )
 from lowdim_diffusion.subspaces.atlas import (
+    STEPS,
     Atlas,
     Linearity,
     linearity,
@@ -54,6 +55,7 @@ __all__ = [
     "KSubspaces",
     "Linearity",
     "Matching",
+    "STEPS",
     "adjusted_rand_index",
     "affinity",
     "assign_points",

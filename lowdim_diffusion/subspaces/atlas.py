@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 from lowdim_diffusion._checks import check_range, check_shape, fail, is_concrete
 from lowdim_diffusion._types import Array, DenoiseFn, Float, PRNGKey, Scalar, Schedule
+from lowdim_diffusion.sharding import vary_like
+from lowdim_diffusion.solvers._base import CLEAN_TOLERANCE
 from lowdim_diffusion.subspaces.jacobian import (
     jacobian_asymmetry,
     jacobian_frobenius,
@@ -29,8 +31,9 @@ from lowdim_diffusion.subspaces.jacobian import (
 )
 from lowdim_diffusion.subspaces.spectra import numerical_rank
 
-CLEAN_TOLERANCE = 1e-5
-"""Relative rounding of a time that is taken for the end of its schedule."""
+STEPS = (0.18, 0.36, 0.72)
+"""Steps at which linearity is tested, in units of :func:`step_length`: the published ``lambda = 10,
+20, 40`` at n = 3072."""
 
 
 def step_length(schedule: Schedule, t: Any, data_shape: tuple[int, ...]) -> Array:
@@ -140,7 +143,7 @@ def spectral_atlas(
     *,
     rank: int | None = None,
     energy: Scalar = 0.99,
-    steps: tuple[float, ...] = (0.18, 0.36, 0.72),
+    steps: tuple[float, ...] = STEPS,
     num_probes: int = 32,
     chunk: int = 64,
     max_iters: int = 50,
@@ -165,8 +168,7 @@ def spectral_atlas(
             the leading ``m = rank`` by :func:`~lowdim_diffusion.subspaces.jacobian_svd`; the rank
             rule then takes the rest of the energy from probes.
         energy: eta of :func:`~lowdim_diffusion.subspaces.numerical_rank`.
-        steps: lengths at which to test linearity, in units of :func:`step_length`. The default are
-            the published ``lambda = 10, 20, 40`` at n = 3072.
+        steps: lengths at which to test linearity, in units of :func:`step_length`.
         num_probes: for asymmetry, and for the energy beyond ``rank``.
         chunk: vectors pushed through at once, to bound the memory of the network's pass.
         max_iters: as in ``jacobian_svd``.
@@ -227,7 +229,5 @@ def spectral_atlas(
     if rank is None:
         return jax.lax.map(lambda state: level(None, state)[1], (states, ts))
     start = jax.random.normal(svd_key, (1, rank, dim), wide)
-    start = jnp.broadcast_to(start, (batch, rank, dim))
-    # Equal branches: only tells shard_map that the rows vary over the devices as the data does.
-    start = jnp.where(states[0].reshape(batch, 1, -1)[..., :1] == 0, start, start)
+    start = vary_like(jnp.broadcast_to(start, (batch, rank, dim)), states)
     return jax.lax.scan(level, start, (states, ts))[1]

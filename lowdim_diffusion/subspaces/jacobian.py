@@ -25,6 +25,7 @@ from jax.extend import core
 from lowdim_diffusion._checks import check_int, fail, is_concrete
 from lowdim_diffusion._types import Array, Float, Int, PRNGKey
 from lowdim_diffusion.linalg import block_krylov, orthonormalize
+from lowdim_diffusion.sharding import vary_like
 
 _CHUNK_BYTES = 2**26
 """Largest array of a pass by default; all of a U-Net's pass is then about 1 GiB."""
@@ -63,9 +64,7 @@ def _linearize(
     def columns(product: Callable[[Array], Array], like: Array) -> Callable[[Array], Array]:
         def run(v: Array) -> Array:
             v = jnp.moveaxis(v, -1, 0)
-            v = v.reshape(v.shape[:1] + like.shape).astype(like.dtype)
-            # Equal branches: only tells shard_map that v varies over the devices as the data does.
-            v = jnp.where(like[None] == 0, v, v)
+            v = vary_like(v.reshape(v.shape[:1] + like.shape).astype(like.dtype), like)
             # Equal batches: a remainder would be compiled as a second program.
             count = math.ceil(len(v) / chunk)
             size = math.ceil(len(v) / max(count, 1))
@@ -207,9 +206,7 @@ def _start_block(
     """``[b, n, width]``: the rows given, filled up with random vectors across them."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     block = jax.random.normal(key, (1, dim, width), dtype)
-    block = jnp.broadcast_to(block, (x.shape[0], dim, width))
-    # Equal branches: only tells shard_map that the block varies over the devices as the data does.
-    block = jnp.where(x.reshape(x.shape[0], -1, 1)[:, :1] == 0, block, block)
+    block = vary_like(jnp.broadcast_to(block, (x.shape[0], dim, width)), x)
     if start is None:
         return block
     if start.ndim != 3 or start.shape[0] != x.shape[0] or start.shape[2] != dim:
