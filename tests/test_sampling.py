@@ -21,6 +21,7 @@ ALL = {
     "heun": solvers.heun(),
     "heun_churn": solvers.heun(churn=4.0),
     "dpmpp_2m": solvers.dpmpp_2m(),
+    "deis": solvers.deis(3),
 }
 
 

@@ -239,6 +239,8 @@ def solver(config: SampleConfig) -> solvers.Solver:
         "euler": solvers.euler,
         "ddim": lambda: solvers.ddim(config.eta or 0.0),
         "dpmpp-2m": solvers.dpmpp_2m,
+        "dpmpp-3m": solvers.dpmpp_3m,
+        "deis": solvers.deis,
         "ancestral": solvers.ancestral,
     }[config.solver]()
 

@@ -13,6 +13,9 @@ factory        order  evaluations  randomness   method
 ``ancestral``  1      1            every step   DDPM; ``ddim(eta=1)`` by default
 ``heun``       2      2            if churn     EDM's algorithms 1 and 2
 ``dpmpp_2m``   2      1            none         DPM-Solver++(2M), two-step
+``dpmpp_3m``   3      1            none         multistep DPM-Solver++, three-step
+``deis``       1-4    1            none         DEIS (tAB): noise extrapolated in time
+``adams_...``  1-4    1            none         ``adams_bashforth``: noise extrapolated in rho
 =============  =====  ===========  ===========  ==============================================
 
 The order is that of the error at a fixed final time against the step size (for random solvers, of
@@ -34,6 +37,7 @@ from lowdim_diffusion.solvers._base import (
 from lowdim_diffusion.solvers.dpm import dpmpp_2m
 from lowdim_diffusion.solvers.first_order import ancestral, ddim, euler
 from lowdim_diffusion.solvers.heun import heun
+from lowdim_diffusion.solvers.multistep import adams_bashforth, deis, dpmpp_3m
 
 __all__ = [
     "CorrectFn",
@@ -43,9 +47,12 @@ __all__ = [
     "Solver",
     "State",
     "StepResult",
+    "adams_bashforth",
     "ancestral",
     "ddim",
+    "deis",
     "dpmpp_2m",
+    "dpmpp_3m",
     "ends_clean",
     "euler",
     "heun",

@@ -15,6 +15,10 @@ SCHEDULES = {
     "flow": schedules.RectifiedFlow(),
 }
 DETERMINISTIC = {"euler": solvers.euler(), "heun": solvers.heun(), "dpmpp_2m": solvers.dpmpp_2m()}
+MULTISTEP = {
+    **{f"deis_{order}": solvers.deis(order) for order in (2, 3, 4)},
+    **{f"adams_bashforth_{order}": solvers.adams_bashforth(order) for order in (2, 3)},
+}
 MEAN = np.array([0.5, -1.0, 0.2])
 VAR = np.array([1.0, 0.25, 0.01])
 
@@ -152,6 +156,11 @@ PUBLISHED = {
     "euler": ([2.6e-2, 1.3e-2], 0.99),
     "heun": ([1.0e-3, 2.5e-4], 2.02),
     "dpmpp_2m": ([1.2e-3, 2.9e-4], 2.06),
+    "deis_2": ([1.9e-3, 4.9e-4], 1.95),
+    "deis_3": ([2.4e-4, 3.4e-5], 2.82),
+    "deis_4": ([6.0e-5, 5.8e-6], 3.37),
+    "adams_bashforth_2": ([2.6e-3, 6.7e-4], 1.94),
+    "adams_bashforth_3": ([4.8e-4, 6.7e-5], 2.85),
 }
 
 
@@ -162,10 +171,21 @@ def test_mixture_g8_against_runge_kutta(name, g8, x64):
     errors = []
     for num_steps in (80, 160):
         ts = np.linspace(1.0, 1e-3**0.5, num_steps + 1) ** 2
-        x = run(p.denoiser(schedule), schedule, ts, x_T, DETERMINISTIC[name])
+        x = run(p.denoiser(schedule), schedule, ts, x_T, (DETERMINISTIC | MULTISTEP)[name])
         y = np.asarray(x) / float(schedule.alpha(ts[-1]))
         errors.append(np.sqrt(np.mean(np.sum((y - reference) ** 2, axis=-1))))
     slope = last_slope(errors)
     print(f"G8 {name} errors {[f'{e:.1e}' for e in errors]} slope {slope:.3f}")
     assert abs(slope - published_slope) < 0.1
     np.testing.assert_allclose(errors, published, rtol=0.35)
+
+
+def test_dpmpp_3m_is_of_order_three_on_the_mixture(g8, x64):
+    p, schedule, x_T, reference = g8
+    errors = []
+    for num_steps in (80, 160):
+        ts = np.linspace(1.0, 1e-3**0.5, num_steps + 1) ** 2
+        x = run(p.denoiser(schedule), schedule, ts, x_T, solvers.dpmpp_3m())
+        y = np.asarray(x) / float(schedule.alpha(ts[-1]))
+        errors.append(np.sqrt(np.mean(np.sum((y - reference) ** 2, axis=-1))))
+    assert 2.8 < last_slope(errors) < 3.3 and errors[-1] < 1e-4
