@@ -22,6 +22,7 @@ ALL = {
     "heun_churn": solvers.heun(churn=4.0),
     "dpmpp_2m": solvers.dpmpp_2m(),
     "deis": solvers.deis(3),
+    "dpm_3": solvers.dpm_solver(3),
 }
 
 

@@ -238,6 +238,8 @@ def solver(config: SampleConfig) -> solvers.Solver:
         "heun": lambda: solvers.heun(config.churn or 0.0),
         "euler": solvers.euler,
         "ddim": lambda: solvers.ddim(config.eta or 0.0),
+        "dpm-2": lambda: solvers.dpm_solver(2),
+        "dpm-3": lambda: solvers.dpm_solver(3),
         "dpmpp-2m": solvers.dpmpp_2m,
         "dpmpp-3m": solvers.dpmpp_3m,
         "deis": solvers.deis,

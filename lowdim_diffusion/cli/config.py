@@ -34,7 +34,9 @@ __all__ = [
 
 Network = Literal["unet", "mlp", "dit", "lowrank", "linear"]
 Schedule = Literal["ve", "vp-linear", "vp-cosine", "rectified-flow"]
-Solver = Literal["heun", "euler", "ddim", "dpmpp-2m", "dpmpp-3m", "deis", "ancestral"]
+Solver = Literal[
+    "heun", "euler", "ddim", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "deis", "ancestral"
+]
 Grid = Literal["karras", "log-snr", "uniform"]
 
 

@@ -14,6 +14,9 @@ factory        order  evaluations  randomness   method
 ``heun``       2      2            if churn     EDM's algorithms 1 and 2
 ``dpmpp_2m``   2      1            none         DPM-Solver++(2M), two-step
 ``dpmpp_3m``   3      1            none         multistep DPM-Solver++, three-step
+``midpoint``   2      2            none         midpoint rule in rho
+``rk4``        4      4            none         classical Runge-Kutta in rho
+``dpm_...``    2-3    2-3          none         ``dpm_solver``: single-step DPM-Solver-2, -3
 ``deis``       1-4    1            none         DEIS (tAB): noise extrapolated in time
 ``adams_...``  1-4    1            none         ``adams_bashforth``: noise extrapolated in rho
 =============  =====  ===========  ===========  ==============================================
@@ -38,6 +41,7 @@ from lowdim_diffusion.solvers.dpm import dpmpp_2m
 from lowdim_diffusion.solvers.first_order import ancestral, ddim, euler
 from lowdim_diffusion.solvers.heun import heun
 from lowdim_diffusion.solvers.multistep import adams_bashforth, deis, dpmpp_3m
+from lowdim_diffusion.solvers.single_step import dpm_solver, midpoint, rk4
 
 __all__ = [
     "CorrectFn",
@@ -51,10 +55,13 @@ __all__ = [
     "ancestral",
     "ddim",
     "deis",
+    "dpm_solver",
     "dpmpp_2m",
     "dpmpp_3m",
     "ends_clean",
     "euler",
     "heun",
+    "midpoint",
     "plan",
+    "rk4",
 ]
