@@ -47,18 +47,18 @@ def test_transition_is_found_between_two_counts():
 
 @pytest.mark.slow
 def test_models_pass_from_copying_to_agreeing(digits, tmp_path):
-    """Check 8: GL up in N; RP to the optimal denoiser down to 0."""
+    """Check 8: GL up in N, later for the wider network; RP to the optimal denoiser down to 0."""
     preset = memorization_generalization.PRESETS["cpu"]._replace(
         recipe=generators.MLP._replace(num_samples=100, lengths=(2500,)),
         counts=(16, 1024),
-        widths=(64, 128),
+        widths=(128, 256),
     )
     results = memorization_generalization.train(digits, preset, tmp_path, 0, None)
     rows, threshold = memorization_generalization.score(results, preset)
     assert 0.9 < threshold < 1
     narrow, wide = ([r for r in rows if r["width"] == width] for width in preset.widths)
     assert wide[0]["gl"] < 0.4 and wide[1]["gl"] > 0.9
-    assert narrow[0]["gl"] < 0.4 and narrow[1]["gl"] > 0.9
+    assert narrow[0]["gl"] > wide[0]["gl"] + 0.1
     assert wide[0]["rp_optimal"] > 0.4 and wide[1]["rp_optimal"] < 0.1
     assert wide[0]["memorized"] > 0.5 and wide[1]["memorized"] < 0.02
     assert all(r["gl_optimal"] == 0 for r in rows)
