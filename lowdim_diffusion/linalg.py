@@ -238,7 +238,7 @@ class BlockSVD(NamedTuple):
 
 
 _BLOCKS = 6
-"""Blocks in a Krylov space: beyond this its own algebra costs more than it saves."""
+"""Blocks in a Krylov space, which bound its memory; two more save few iterations."""
 
 
 class _Krylov(NamedTuple):

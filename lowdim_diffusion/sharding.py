@@ -123,10 +123,11 @@ def local_index(local_size: int, axis_name: str | None = None) -> Int[Array, " b
     return index if axis_name is None else index + jax.lax.axis_index(axis_name) * local_size
 
 
-def vary_like(a: Array, like: Array) -> Array:
-    """Return ``a``, which under ``shard_map`` counts as varying over the devices as ``like`` does.
+def vary_like(tree: PyTree, like: Array) -> Any:
+    """Return ``tree``, whose leaves under ``shard_map`` count as varying over devices as ``like``.
 
     A loop's carry has to have its final type from the start: a random block that is equal on all
     devices, once it has met the data, is not.
     """
-    return jnp.where(like.reshape(-1)[0] == 0, a, a)
+    first = like.reshape(-1)[0]
+    return jax.tree.map(lambda leaf: jnp.where(first == 0, leaf, leaf), tree)

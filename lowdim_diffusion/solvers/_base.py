@@ -188,6 +188,12 @@ def is_clean(schedule: Schedule, t: Any) -> Any:
     return t <= schedule.t_min * (1 + CLEAN_TOLERANCE)
 
 
+def half_log_snr(grid: Grid) -> tuple[Array, Array]:
+    """Return where ``log(alpha / sigma)`` is finite, and its values, 0 where it is not."""
+    inside = (grid.alpha > 0) & (grid.sigma > 0)
+    return inside, jnp.log(jnp.where(inside, grid.alpha, 1) / jnp.where(inside, grid.sigma, 1))
+
+
 def _make_grid(schedule: Schedule, ts: Array) -> Grid:
     clean = is_clean(schedule, ts[-1])
     # Schedules have infinite slopes at t = 0; keep them from being evaluated there.

@@ -24,6 +24,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    half_log_snr,
     predict,
 )
 
@@ -62,9 +63,8 @@ def _step(
 
 def _coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coefficients:
     del settings, schedule
-    inside = (grid.alpha > 0) & (grid.sigma > 0)
-    half_log_snr = jnp.log(jnp.where(inside, grid.alpha, 1) / jnp.where(inside, grid.sigma, 1))
-    h = jnp.diff(half_log_snr)
+    inside, half = half_log_snr(grid)
+    h = jnp.diff(half)
     both = inside[:-2] & inside[1:-1] & inside[2:]
     ratio = jnp.where(both, h[1:] / jnp.where(both, h[:-1], 1), 0)
     ratio = jnp.concatenate([jnp.zeros_like(h[:1]), ratio])

@@ -43,6 +43,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    half_log_snr,
     predict,
 )
 
@@ -103,17 +104,16 @@ def _functions(
 
 def _weights(schedule: Schedule, grid: Grid, order: int, of: str, variable: str) -> Array:
     """``[num_steps, order - 1]``, integrals of the Lagrange polynomials of the past values."""
-    inside = (grid.alpha > 0) & (grid.sigma > 0)
-    half_log_snr = jnp.log(jnp.where(inside, grid.alpha, 1) / jnp.where(inside, grid.sigma, 1))
+    inside, half = half_log_snr(grid)
     u, w = np.polynomial.legendre.leggauss(NUM_NODES)
-    start, h = half_log_snr[:-1, None], jnp.diff(half_log_snr)[:, None]
+    start, h = half[:-1, None], jnp.diff(half)[:, None]
     between = start + h * (u + 1)[None] / 2  # [num_steps, NUM_NODES]
     of_lambda = {
         "t": lambda a: schedule.t_from_log_snr(2 * a),
         "rho": lambda a: jnp.exp(-a),
         "lambda": lambda a: a,
     }[variable]
-    places = grid.t if variable == "t" else of_lambda(half_log_snr)
+    places = grid.t if variable == "t" else of_lambda(half)
 
     num_steps = h.shape[0]
     past = np.arange(num_steps)[:, None] - np.arange(order)[None]

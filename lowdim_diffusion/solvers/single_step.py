@@ -34,6 +34,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    half_log_snr,
     memoryless,
     predict,
 )
@@ -93,19 +94,21 @@ def _assemble(
     schedule: Schedule, grid: Grid, places: Callable[..., Any], weigh: Callable[..., Any]
 ) -> _Coefficients:
     """Stages at the half log-SNRs ``places(first, last)``, ``weigh``ed where these are finite."""
-    inside = (grid.alpha > 0) & (grid.sigma > 0)
+    inside, half = half_log_snr(grid)
     noisy = inside[:-1] & inside[1:]
     t, alpha, sigma = (g[:-1] for g in grid)
-    half = jnp.log(jnp.where(inside, grid.alpha, 1) / jnp.where(inside, grid.sigma, 1))
     # Where there is no step of several stages, its stages stay where every denoiser is finite.
     first = half[:-1]
     last = jnp.where(noisy, half[1:], first)
-    between = jnp.stack([*places(first, last), last], axis=1)
-    times = jnp.where(noisy[:, None], schedule.t_from_log_snr(2 * between), t[:, None])
-    times = times.at[:, -1].set(grid.t[1:])
-    alphas = jnp.where(noisy[:, None], schedule.alpha(times), alpha[:, None])
-    sigmas = jnp.where(noisy[:, None], schedule.sigma(times), sigma[:, None])
-    alphas, sigmas = alphas.at[:, -1].set(grid.alpha[1:]), sigmas.at[:, -1].set(grid.sigma[1:])
+    between = jnp.stack(places(first, last), axis=1)
+    inner = jnp.where(noisy[:, None], schedule.t_from_log_snr(2 * between), t[:, None])
+    # The end is the grid's: schedules have infinite slopes at the clean example.
+    times, alphas, sigmas = (
+        jnp.concatenate([stages, ends[1:, None]], axis=1)
+        for stages, ends in zip(
+            (inner, schedule.alpha(inner), schedule.sigma(inner)), grid, strict=True
+        )
+    )
     weights = jnp.where(noisy[:, None, None], weigh(first, last, alphas, sigmas), 0)
     return _Coefficients(t, alpha, sigma, noisy, times, alphas, sigmas, weights)
 

@@ -65,6 +65,7 @@ from lowdim_diffusion._types import (
 )
 from lowdim_diffusion.linalg import expand_right
 from lowdim_diffusion.neighbors import Nearest, nearest
+from lowdim_diffusion.sharding import vary_like
 from lowdim_diffusion.subspaces.jacobian import jacobian_spectrum
 from lowdim_diffusion.subspaces.spectra import numerical_rank
 
@@ -558,8 +559,7 @@ def flipd(
 
     def quadratic(v: Array) -> Array:
         """``v^T J v`` for each example."""
-        # Equal branches: only tells shard_map that v varies over the devices as the data does.
-        v = jnp.where(y == 0, v.reshape(y.shape), v.reshape(y.shape))
+        v = vary_like(v.reshape(y.shape), y)
         return jnp.sum((v * jvp(v)).reshape(batch, dim), axis=1)
 
     if num_probes is None or key is None:

@@ -45,6 +45,7 @@ import numpy as np
 from lowdim_diffusion._checks import check_int, check_range, fail, is_concrete
 from lowdim_diffusion._types import Array, ArrayLike, Float, Int, PRNGKey, Scalar
 from lowdim_diffusion.linalg import safe_sqrt
+from lowdim_diffusion.sharding import vary_like
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -76,11 +77,6 @@ def _each_row(solve: Callable[[Array, Array], Any], x: Array, batch_size: int) -
     num_batches = -(-x.shape[0] // batch_size)
     rows = jnp.arange(x.shape[0])
     return jax.lax.map(lambda row: solve(*row), (x, rows), batch_size=-(-x.shape[0] // num_batches))
-
-
-def _varying(state: Any, like: Array) -> Any:
-    """Equal branches: only tells shard_map that the start of a loop varies as the data does."""
-    return jax.tree.map(lambda leaf: jnp.where(like[0, 0] == 0, leaf, leaf), state)
 
 
 def ssc_omp(
@@ -150,7 +146,7 @@ def ssc_omp(
 
         start = (y, jnp.zeros((num_nonzero, dim), x.dtype))
         (_, frame), (chosen, triangle) = jax.lax.scan(
-            pick, _varying(start, x), jnp.arange(num_nonzero)
+            pick, vary_like(start, x), jnp.arange(num_nonzero)
         )
         # The chosen points are triangle @ frame: row t ends on the diagonal, 1 where none was.
         c = jax.scipy.linalg.solve_triangular(triangle, _matmul(frame, y), lower=True, trans=1)
@@ -294,7 +290,7 @@ def ensc(
         start = (state, jnp.array(True), jnp.array(False), jnp.array(0), jnp.zeros((), x.dtype))
         running = lambda carry: ~carry[2] & (carry[3] < max_iters)
         (_, c, _, index, _, _), _, _, num_iters, violation = jax.lax.while_loop(
-            running, iterate, _varying(start, x)
+            running, iterate, vary_like(start, x)
         )
         return jnp.zeros(num_samples, x.dtype).at[index].add(c), violation, num_iters
 

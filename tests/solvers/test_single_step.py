@@ -54,7 +54,9 @@ def test_is_the_textbook_method_in_rho(name, schedule, x64):
 
 @pytest.mark.parametrize("schedule", [VE, VP])
 @pytest.mark.parametrize(
-    "solver", [solvers.dpm_solver(2), solvers.dpm_solver(3), solvers.rk4()], ids=str
+    "solver",
+    [solvers.dpm_solver(2), solvers.dpm_solver(3), solvers.rk4()],
+    ids=["dpm_2", "dpm_3", "rk4"],
 )
 def test_order_against_the_exact_flow_of_a_gaussian(solver, schedule, x64, key):
     first = schedules.noise_levels(schedule, schedule.t_max)
