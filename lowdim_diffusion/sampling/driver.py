@@ -1,17 +1,4 @@
-r"""Sampling: one scan that runs any solver with any denoiser, and the way back from data to noise.
-
-A run starts from ``x_T = sigma(ts[0]) eps``, or from a given array, and makes ``num_steps`` solver
-steps along ``ts``, from noise to data. What it keeps of the trajectory is the caller's choice
-(``save``); unless asked for, memory does not grow with the number of steps.
-
-Randomness belongs to examples: example ``i`` (its *global* index) owns ``fold_in(key, i)``, and
-each of its draws is folded from that. Samples therefore do not depend on how the examples are split
-into batches or over devices.
-
-Nothing is jitted here. Compile once at the outside::
-
-    draw = jax.jit(lambda key: sample(key, denoise_fn, schedule, ts, (64, 48), solver=heun()).x)
-"""
+"""Runs from noise to data: one scan for any solver, and many samples in equal blocks."""
 
 import functools
 import math
@@ -27,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
+from lowdim_diffusion.sampling._common import cast, floating
 from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
-from lowdim_diffusion.solvers import CorrectFn, Plan, Solver, ends_clean, plan
-from lowdim_diffusion.solvers._base import check_grid, denoise_once, is_clean
+from lowdim_diffusion.solvers import CorrectFn, Solver, ends_clean, plan
+from lowdim_diffusion.solvers._base import check_grid
 
-__all__ = ["SampleResult", "initial_noise", "invert", "sample", "sample_batched"]
+__all__ = ["SampleResult", "initial_noise", "sample", "sample_batched"]
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +127,7 @@ def sample(
     index = _indices(index, shape[0])
     if x is None:
         x = initial_noise(key, schedule, jnp.asarray(ts)[0], shape, index=index)
-    run = _cast(plan(solver, schedule, ts), x.dtype)
+    run = cast(plan(solver, schedule, ts), x.dtype)
     keys = example_keys(key, index) if solver.stochastic else None
     num_steps = np.shape(ts)[0] - 1
     every = save if isinstance(save, int) else None
@@ -267,69 +255,6 @@ def sample_batched(
     return SampleResult(x, trajectory, times, None, _count_evals(solver, schedule, ts))
 
 
-def invert(
-    denoise_fn: DenoiseFn,
-    schedule: Schedule,
-    ts: Any,
-    x_0: Float[Array, "b *data"],
-    *,
-    solver: Solver,
-) -> Float[Array, "b *data"]:
-    """Return the noise that ``solver`` carries to ``x_0``: the ODE run from data to noise.
-
-    The result is at time ``ts[0]``, and :func:`sample` takes it as its start. If the grid ends on
-    the clean example, the last interval has no inverse (the denoiser's output forgets the noise)
-    and is undone by one fixed-point step, ``x_t = alpha (2 x_0 - x0_hat(alpha x_0, t))``. The round
-    trip is as accurate as the solver.
-
-    Args:
-        denoise_fn: as for :func:`sample`.
-        schedule: noise schedule.
-        ts: the same grid as for :func:`sample`, noise to data.
-        x_0: ``[b, *data]`` clean examples.
-        solver: a deterministic solver.
-
-    Raises:
-        ValueError: if the solver is stochastic, or for a bad grid.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> from lowdim_diffusion import schedules, solvers
-        >>> white = lambda x, t: x / (1 + t**2)  # data N(0, I)
-        >>> ts = schedules.karras_grid(100, sigma_max=3.0)
-        >>> x_T = invert(white, schedules.VE(), ts, jnp.ones((1, 1)), solver=solvers.heun())
-        >>> round(float(x_T[0, 0]), 3)  # exact: sqrt(10) = 3.162
-        3.161
-    """
-    if solver.stochastic:
-        fix = "e.g. solvers.heun(), or solvers.ddim(eta=0.0)"
-        raise fail("invert", "the solver draws noise", "a deterministic solver", solver.name, fix)
-    ts = check_grid("invert", schedule, ts)
-    x = _floating("invert", x_0)
-    clean = ends_clean(schedule, ts)
-    ts = jnp.asarray(ts) if clean is None else np.asarray(ts)
-
-    def climb(upward: Any, x: Array) -> Array:
-        if upward.shape[0] < 2:
-            return x
-        coefficients = _cast(plan(solver, schedule, upward), x.dtype).coefficients
-        step = lambda state, c: (solver.step(denoise_fn, state, c, None).state, None)
-        return jax.lax.scan(step, solver.init(x), coefficients)[0].x
-
-    def from_clean(x: Array) -> Array:
-        t = jnp.asarray(ts[-2])
-        alpha = schedule.alpha(t).astype(x.dtype)
-        x0_hat = denoise_once("invert", denoise_fn, alpha * x, t.astype(x.dtype))
-        return climb(ts[-2::-1], alpha * (2 * x - x0_hat))
-
-    if clean is not None:
-        return from_clean(x) if clean else climb(ts[::-1], x)
-    known_later = is_clean(schedule, ts[-1])
-    # The branch not taken must not divide by the sigma of a clean end.
-    noisy = ts.at[-1].set(jnp.where(known_later, 0.5 * ts[-2], ts[-1]))
-    return jax.lax.cond(known_later, from_clean, lambda x: climb(noisy[::-1], x), x)
-
-
 def _warn_if_stiff(denoise_fn: DenoiseFn, num_steps: int) -> None:
     least = getattr(denoise_fn, "min_steps", 0)
     if num_steps < least:
@@ -385,21 +310,8 @@ def _start(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:
         if not all(isinstance(s, int | np.integer) and s > 0 for s in shape) or len(shape) < 2:
             raise fail("sample", "wrong shape", "(b, *data) of positive ints", shape)
         return shape, None
-    x = _floating("sample", shape_or_x_T)
+    x = floating("sample", shape_or_x_T)
     return x.shape, x
-
-
-def _floating(where: str, x: Any) -> Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{where}: x must be a floating array [b, *data], got dtype {x.dtype}.")
-    if x.ndim < 2:
-        raise fail(where, "wrong shape of x", "[b, *data]", x.shape, "add a batch axis")
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _cast(made: Plan, dtype: Any) -> Plan:
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), made)
 
 
 def _make_draw(keys: Array, i: Any, x: Array) -> Callable[[int], Array]:
