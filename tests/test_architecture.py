@@ -29,6 +29,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {("denoisers", "losses"), ("schedules", "corruption")}
 
 HEAVY = {
+    "diffrax": {"solvers"},
     "flax": {"networks"},
     "optax": {"training"},
     "orbax": {"training/checkpoint.py"},

@@ -14,10 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
-from lowdim_diffusion.sampling._common import cast, floating
+from lowdim_diffusion.sampling._common import cast
 from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
 from lowdim_diffusion.solvers import CorrectFn, Solver, ends_clean, plan
-from lowdim_diffusion.solvers._base import check_grid
+from lowdim_diffusion.solvers._base import check_grid, floating
 
 __all__ = ["SampleResult", "initial_noise", "sample", "sample_batched"]
 

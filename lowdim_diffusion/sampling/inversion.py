@@ -8,9 +8,9 @@ import numpy as np
 
 from lowdim_diffusion._checks import fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Schedule
-from lowdim_diffusion.sampling._common import cast, floating
+from lowdim_diffusion.sampling._common import cast
 from lowdim_diffusion.solvers import Solver, ends_clean, plan
-from lowdim_diffusion.solvers._base import check_grid, denoise_once, is_clean
+from lowdim_diffusion.solvers._base import check_grid, denoise_once, floating, is_clean
 
 __all__ = ["invert"]
 

@@ -161,7 +161,17 @@ def predict(
     return new_x0.astype(x.dtype), new_eps.astype(x.dtype), carry
 
 
-def denoise_once(where: str, denoise_fn: DenoiseFn, x: Array, t: Array) -> Array:
+def floating(where: str, x: Any) -> Array:
+    """Return examples ``[b, *data]`` in float32 or better."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{where}: x must be a floating array [b, *data], got dtype {x.dtype}.")
+    if x.ndim < 2:
+        raise fail(where, "wrong shape of x", "[b, *data]", x.shape, "add a batch axis")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def denoise_once(where: str, denoise_fn: DenoiseFn, x: Array, t: ArrayLike) -> Array:
     """Return ``denoise_fn(x, t)`` in the dtype of x, having checked its shape."""
     x0_hat = denoise_fn(x, t)
     if x0_hat.shape != x.shape:
@@ -206,12 +216,9 @@ def _make_grid(schedule: Schedule, ts: Array) -> Grid:
     )
 
 
-def _plan(solver: Solver, schedule: Schedule, ts: Array) -> Plan:
-    grid = _make_grid(schedule, ts)
+def _plan(solver: Solver, schedule: Schedule, ts: ArrayLike) -> Plan:
+    grid = _make_grid(schedule, jnp.asarray(ts))
     return Plan(grid, solver.coefficients(solver.settings, schedule, grid))
-
-
-_plan_on_host = jax.jit(_plan)
 
 
 def plan(solver: Solver, schedule: Schedule, ts: Any) -> Plan:
@@ -232,15 +239,25 @@ def plan(solver: Solver, schedule: Schedule, ts: Any) -> Plan:
         [1.0, 0.0]
     """
     ts = as_times(ts)
+    if is_concrete(ts):
+        ts = np.asarray(ts, np.float64)
+    else:
+        ts = ts.astype(jnp.promote_types(ts.dtype, jnp.float32))
+    return on_host(_plan, solver, schedule, ts)
+
+
+def on_host(fn: Callable[..., Any], *numbers: PyTree) -> Any:
+    """Return ``fn(*numbers)``: if all numbers are known, computed once in float64 on the CPU.
+
+    Then NumPy arrays come back, also while tracing; where one is traced, it is part of the graph.
+    """
     cpu = _cpu()
-    if cpu and all(is_concrete(n) for n in jax.tree.leaves((ts, schedule, solver.settings))):
+    if cpu and all(is_concrete(n) for n in jax.tree.leaves(numbers)):
         with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
             # Copies: jax 0.10.2 hands a jitted function the float32 version of a NumPy array that
             # was used in an enclosing trace, although x64 is on here.
-            numbers = jax.tree.map(np.array, (solver, schedule))
-            return jax.tree.map(np.asarray, _plan_on_host(*numbers, np.array(ts, np.float64)))
-    ts = jnp.asarray(ts)
-    return _plan(solver, schedule, ts.astype(jnp.promote_types(ts.dtype, jnp.float32)))
+            return jax.tree.map(np.asarray, jax.jit(fn)(*jax.tree.map(np.array, numbers)))
+    return fn(*numbers)
 
 
 def _cpu() -> Any:

@@ -63,9 +63,10 @@ from lowdim_diffusion._types import (
     PRNGKey,
     Schedule,
 )
+from lowdim_diffusion.likelihood import jacobian_trace
 from lowdim_diffusion.linalg import expand_right
 from lowdim_diffusion.neighbors import Nearest, nearest
-from lowdim_diffusion.sharding import vary_like
+from lowdim_diffusion.solvers._base import denoise_once
 from lowdim_diffusion.subspaces.jacobian import jacobian_spectrum
 from lowdim_diffusion.subspaces.spectra import numerical_rank
 
@@ -553,29 +554,16 @@ def flipd(
         raise fail(where, "Hutchinson's trace", "num_probes and key together", got)
     y, alpha, sigma = _at_data(where, schedule, x, t)
     batch, dim = x.shape[0], math.prod(x.shape[1:])
-    x0_hat, jvp = jax.linearize(lambda y: denoise_fn(y, t), y)
-    if x0_hat.shape != x.shape:
-        raise fail(where, "shape of the denoiser's output", x.shape, x0_hat.shape)
-
-    def quadratic(v: Array) -> Array:
-        """``v^T J v`` for each example."""
-        v = vary_like(v.reshape(y.shape), y)
-        return jnp.sum((v * jvp(v)).reshape(batch, dim), axis=1)
-
-    if num_probes is None or key is None:
-
-        def diagonal(i: Array) -> Array:
-            return quadratic(jnp.broadcast_to(jax.nn.one_hot(i, dim, dtype=y.dtype), (batch, dim)))
-
-        trace = jnp.sum(jax.lax.map(diagonal, jnp.arange(dim), batch_size=min(chunk, dim)), axis=0)
-    else:
+    probes = None
+    if num_probes is not None and key is not None:
         check_int(where, "num_probes", num_probes)
         draw = lambda i: jax.random.rademacher(
-            jax.random.fold_in(key, i), (num_probes, dim), y.dtype
+            jax.random.fold_in(key, i), (num_probes, *x.shape[1:]), y.dtype
         )
         probes = jnp.swapaxes(jax.vmap(draw)(jnp.arange(batch)), 0, 1)
-        terms = jax.lax.map(quadratic, probes, batch_size=min(chunk, num_probes))
-        trace = jnp.mean(terms, axis=0)
+    denoise = lambda y: denoise_once(where, denoise_fn, y, t)
+    x0_hat, forms = jacobian_trace(denoise, y, probes, chunk=chunk)
+    trace = jnp.mean(forms, axis=0)
     moved = expand_right(alpha / sigma, x.ndim) * (x0_hat - x)
     return alpha * trace + jnp.sum(moved.reshape(batch, dim) ** 2, axis=1)
 
