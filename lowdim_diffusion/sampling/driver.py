@@ -317,7 +317,7 @@ def _start(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:
 def _make_draw(keys: Array, i: Any, x: Array) -> Callable[[int], Array]:
     """The noise of step ``i``, example by example; 0 is the start's, so steps count from 1."""
 
-    def draw(j: int) -> Array:
+    def draw(j: Any) -> Array:
         def one(key: Array) -> Array:
             step_key = jax.random.fold_in(jax.random.fold_in(key, i + 1), j)
             return jax.random.normal(step_key, x.shape[1:], x.dtype)

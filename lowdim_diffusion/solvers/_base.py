@@ -22,8 +22,8 @@ from lowdim_diffusion._types import Array, ArrayLike, DenoiseFn, PyTree, Schedul
 CorrectFn: TypeAlias = Callable[[Array, Array, Array, Any], tuple[Array, Array, Any]]
 """``(x0_hat, eps, t, carry) -> (x0_hat, eps, carry)``, between a prediction and its use."""
 
-DrawFn: TypeAlias = Callable[[int], Array]
-"""``draw(j)``: this step's j-th independent standard normal array, of the shape of x."""
+DrawFn: TypeAlias = Callable[[Any], Array]
+"""``draw(j)``: this step's j-th independent standard normal array, of the shape of x; any int j."""
 
 CLEAN_TOLERANCE = 1e-5
 """Relative slack in ``t <= t_min``: a float32 grid must reach a t_min given in Python."""
