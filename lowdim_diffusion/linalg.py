@@ -210,6 +210,58 @@ def _polar_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Array, Array]
     return q, mm(u, mm(inner, vt)) + outer
 
 
+def conjugate_gradient(
+    matvec: Callable[[Array], Array],
+    b: Float[Array, "b *data"],
+    x: Float[Array, "b *data"],
+    *,
+    num_iters: int,
+) -> Float[Array, "b *data"]:
+    r"""Return ``x`` after ``num_iters`` steps of conjugate gradients towards ``M x = b``.
+
+    M is symmetric and positive semi-definite, and acts on each example alone: every example has its
+    own step lengths. One whose residual is rounding, or whose direction M sees as no more than
+    rounding, stays where it is: there may be more steps than M has rank, and ``b`` may lie partly
+    outside of its range. Gradients pass through the steps.
+
+    Args:
+        matvec: ``[b, *data] -> [b, *data]``, the product with M.
+        b: ``[b, *data]``.
+        x: ``[b, *data]``, where to start.
+        num_iters: number of steps, each with one product, and one more at the start.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> twice = lambda x: 2 * x
+        >>> b = jnp.ones((1, 3))
+        >>> conjugate_gradient(twice, b, 0 * b, num_iters=10).tolist()
+        [[0.5, 0.5, 0.5]]
+    """
+    check_int("conjugate_gradient", "num_iters", num_iters)
+    axes = tuple(range(1, b.ndim))
+    dot = lambda u, v: jnp.sum(u * v, axes, keepdims=True)
+    residual = b - matvec(x)
+    square = dot(residual, residual)
+    scale = jax.lax.stop_gradient(dot(b, b) + square)
+    eps = jnp.finfo(b.dtype).eps
+
+    def step(state: Any, _: Any) -> tuple[Any, None]:
+        x, residual, direction, square, largest = state
+        moved = matvec(direction)
+        curvature, length = dot(direction, moved), dot(direction, direction)
+        going = (square > eps**2 * scale) & (curvature > 10 * eps * largest * length)
+        ratio = lambda top, bottom: jnp.where(going, top / jnp.where(going, bottom, 1), 0)
+        x = x + ratio(square, curvature) * direction
+        residual = residual - ratio(square, curvature) * moved
+        new = dot(residual, residual)
+        direction = residual + ratio(new, square) * direction
+        largest = jax.lax.stop_gradient(jnp.maximum(largest, ratio(curvature, length)))
+        return (x, residual, direction, new, largest), None
+
+    start = (x, residual, residual, square, 0 * scale)
+    return jax.lax.scan(step, start, length=num_iters)[0][0]
+
+
 def largest_divisor(total: int, limit: int) -> int:
     """Return the largest divisor of ``total`` that is at most ``limit``."""
     return next(d for d in range(min(total, max(limit, 1)), 0, -1) if total % d == 0)
