@@ -23,20 +23,46 @@ from lowdim_diffusion.guidance.conditional import (
     classifier_free_batched,
 )
 from lowdim_diffusion.guidance.gradient import RULES, Rule, classifier, reward
+from lowdim_diffusion.guidance.measurements import ddnm, dds, dps, mmps, pigdm, replacement
+from lowdim_diffusion.guidance.operators import (
+    LinearOperator,
+    blur,
+    downsampling,
+    inpainting,
+    matrix,
+    measure,
+    random_inpainting,
+)
+from lowdim_diffusion.guidance.resampling import repeated, resample
 from lowdim_diffusion.guidance.soft_value import ValueFn, posterior_mean_value, svdd
 
 __all__ = [
-    "LangevinResult",
     "RULES",
+    "LangevinResult",
+    "LinearOperator",
     "Rule",
     "ValueFn",
     "autoguidance",
+    "blur",
     "classifier",
     "classifier_free",
     "classifier_free_batched",
     "compose",
+    "ddnm",
+    "dds",
+    "downsampling",
+    "dps",
+    "inpainting",
     "langevin",
+    "matrix",
+    "measure",
+    "mmps",
+    "pigdm",
     "posterior_mean_value",
+    "random_inpainting",
+    "repeated",
+    "replacement",
+    "resample",
     "reward",
     "svdd",
 ]

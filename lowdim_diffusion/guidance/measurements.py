@@ -1,28 +1,28 @@
 r"""Posterior sampling of linear inverse problems ``y = A x_0 + s n`` with a denoiser as the prior.
 
-With :math:`r = y - A \hat x_0`, the denoiser's Jacobian J, and ``V`` a guess of the covariance of
-x_0 given x_t, all methods move :math:`\hat x_0` towards the measurement:
+With :math:`r = y - A \hat x_0` and the denoiser's Jacobian J, all methods move :math:`\hat x_0`
+towards the measurement:
 
-===============  =========  ====================================================  ===============
-function         form       change of x0_hat                                      extra cost
-===============  =========  ====================================================  ===============
-``pigdm``        denoiser   (sigma^2/alpha) J^T A^T (v A A^T + s^2 I)^{-1} r      1 vjp
-``mmps``         denoiser   V A^T (A V A^T + s^2 I)^{-1} r, V = (sigma^2/alpha) J  iterations vjps
-``dps``          hook       -(step/alpha) grad ||r||                              1 evaluation, vjp
-``ddnm``         hook       A^+ r (damped where noise forbids)                    products
-``dds``          hook       conjugate gradients from x0_hat                       products
-``replacement``  hook       A^+ r, and fresh noise for what is measured           products
-===============  =========  ====================================================  ===============
+===============  ========  =====================================================  ================
+function         form      change of x0_hat                                       extra per step
+===============  ========  =====================================================  ================
+``mmps``         denoiser  V A^T (A V A^T + s^2 I)^-1 r,  V = (sigma^2/alpha) J   vjp per iteration
+``dps``          hook      -(step/alpha) grad ||r||                               evaluation, vjp
+``pigdm``        hook      J^T A^+ r; with noise J^T A^T (A A^T + s^2/v I)^-1 r   evaluation, vjp
+``ddnm``         hook      A^+ r, less where noise forbids                        products
+``dds``          hook      conjugate gradients from x0_hat                        products
+``replacement``  hook      A^+ r, and fresh noise for what is measured            products
+===============  ========  =====================================================  ================
 
-*Denoisers* approximate ``E[x_0 | x_t, y]``, which is a denoiser like any other: every solver takes
-them. *Hooks* are for ``sampling.sample(..., correct=hook)``: they move x0_hat and leave the noise
+``mmps`` approximates ``E[x_0 | x_t, y]``, which is a *denoiser* like any other: every solver takes
+it. *Hooks* are for ``sampling.sample(..., correct=hook)``: they move x0_hat and leave the noise
 ``eps`` that the unmodified denoiser saw. Written as a denoiser they would make the solver recompute
-eps from the moved x0_hat, which undoes most of the move (error .22 in place of .005 on the mixture
-below).
+eps from the moved x0_hat, which undoes most of the move: DDS then ends with an error of .3 in place
+of .007 on a mixture of three subspaces in 64 dimensions, from 32 measurements in 100 steps.
 
-Which of them are exact? On one isotropic Gaussian ``pigdm`` and, on any Gaussian, ``mmps`` with
-enough iterations. On mixtures all of them are biased, in mean and in spread;
-``distributions.condition`` is the truth, and ``python -m experiments.inverse_problems`` the table.
+None of them samples the posterior, but ``mmps`` on Gaussian data. On mixtures all are biased, in
+mean and in spread; ``distributions.condition`` is the truth, and ``python -m
+experiments.inverse_problems`` the table.
 
 Measurements are ``y: [b, *measurement]``, one per example, or with b = 1 one that all share.
 """
@@ -64,42 +64,42 @@ def pigdm(
     *,
     noise_std: Scalar = 0.0,
     data_std: Scalar = 1.0,
-) -> DenoiseFn:
-    r"""Return the denoiser guided by PiGDM, which takes x_0 given x_t for isotropic.
+) -> CorrectFn:
+    r"""Return the hook of PiGDM: the pseudo-inverse's correction, pulled back through the denoiser.
 
-    .. math:: \hat x_0 + \frac{\sigma^2}{\alpha} J^T A^T (v A A^T + s^2 I)^{-1} (y - A \hat x_0),
+    .. math:: \hat x_0 \leftarrow
+       \hat x_0 + J^T A^T (A A^T + \tfrac{s^2}{v} I)^{-1} (y - A \hat x_0),
        \qquad v = \frac{\tau^2 \sigma^2}{\alpha^2 \tau^2 + \sigma^2},
 
-    the posterior mean itself where ``x_0 ~ N(m, tau^2 I)``.
+    with v the variance of x_0 given x_t if ``x_0 ~ N(0, tau^2 I)``. The hook evaluates the denoiser
+    once more, to differentiate it; ``SampleResult.nfe`` does not count that.
 
     Args:
-        denoise_fn: the prior; differentiated once per call.
-        schedule: noise schedule.
-        operator: A; without ``spectral_fn`` the inverse takes 50 conjugate gradients per call.
+        denoise_fn: the denoiser that is sampled from.
+        schedule: noise schedule; the published steps are those of a variance-preserving one.
+        operator: A; without ``spectral_fn`` the inverse takes 50 conjugate gradients per step.
         y: ``[b, *measurement]``.
         noise_std: s >= 0.
-        data_std: tau > 0, of one entry of the data.
+        data_std: tau > 0, of one entry of the data; without noise it has no influence.
 
     References:
-        Song, Vahdat, Mardani, Kautz 2023, ICLR, "Pseudoinverse-guided diffusion models", eq. (7)
-        and the choice of v in its appendix.
+        Song, Vahdat, Mardani, Kautz 2023, ICLR, "Pseudoinverse-guided diffusion models", algorithm
+        1 and eqs. (7)-(8).
     """
     _check_noise("pigdm", noise_std)
     check_range("pigdm", "data_std", data_std, 0, low_open=True, high_open=True)
     check_measurement("pigdm", operator, y)
     inner = checked("pigdm", denoise_fn)
 
-    def guided(x_t: Array, t: Any) -> Array:
-        target = check_measurement("pigdm", operator, y, x_t)
-        alpha, sigma = _levels(schedule, t, x_t)
-        x0_hat, pull = jax.vjp(lambda x: inner(x, t), x_t)
+    def correct(x0_hat: Array, eps: Array, t: Array, carry: Any) -> tuple[Array, Array, Any]:
+        target = check_measurement("pigdm", operator, y, x0_hat)
+        alpha, sigma = _levels(schedule, t, x0_hat)
+        _, pull = jax.vjp(lambda x: inner(x, t), alpha * x0_hat + sigma * eps)
         total = (alpha * data_std) ** 2 + sigma**2
-        ridge = (noise_std * safe_sqrt(total)) ** 2 / _positive((data_std * sigma) ** 2)
-        moved = pull(operator.solve(target - operator.apply(x0_hat), ridge))[0]
-        weight = _over(total / data_std**2, alpha)
-        return x0_hat + expand_right(weight, x_t.ndim) * moved
+        ridge = noise_std**2 * total / _positive((data_std * sigma) ** 2)
+        return x0_hat + pull(operator.solve(target - operator.apply(x0_hat), ridge))[0], eps, carry
 
-    return inherit(guided, denoise_fn)
+    return correct
 
 
 def _positive(x: Array) -> Array:
@@ -207,9 +207,9 @@ def ddnm(
     .. math:: \hat x_0 \leftarrow \hat x_0 + A^+ (y - A \hat x_0).
 
     Noise in y comes along as ``s / s_i`` in the i-th singular direction. Where it would exceed the
-    noise level, that is where ``alpha s / s_i > sigma``, the step is shortened to fit, and eps gives
-    up as much variance (DDNM+). The hook knows the level that a step starts from, not the one it
-    goes to, and cannot reach the noise that a stochastic solver adds: use it with ``ddim()``.
+    noise level, that is where ``alpha s / s_i > sigma``, the step is shortened to fit, and eps
+    gives up as much variance (DDNM+). The hook knows the level that a step starts from, not the one
+    it goes to, and cannot reach the noise that a stochastic solver adds: use it with ``ddim()``.
 
     Args:
         schedule: noise schedule.
@@ -236,9 +236,9 @@ def replacement(
 ) -> CorrectFn:
     """Return the hook of inpainting by replacement: the measured part is noised anew every step.
 
-    For a mask, the next state holds ``alpha y + sigma z`` inside and the solver's own state outside.
-    Any other operator with a ``spectral_fn`` works the same way in its row space. What is outside
-    does not learn of what is inside unless steps are repeated: :func:`repeated`.
+    For a mask, the next state holds ``alpha y + sigma z`` inside and the solver's own state
+    outside. Any other operator with a ``spectral_fn`` works the same way in its row space. What is
+    outside hardly learns of what is inside unless steps are repeated: :func:`repeated`.
 
     The hook's carry are the examples' keys::
 
@@ -335,9 +335,11 @@ def dds(
         del t
         back = operator.transpose(check_measurement("dds", operator, y, x0_hat))
         if gamma is None:
-            matvec, b = operator.normal, back
+            found = conjugate_gradient(operator.normal, back, x0_hat, num_iters=num_iters)
         else:
-            matvec, b = lambda x: x + gamma * operator.normal(x), x0_hat + gamma * back
-        return conjugate_gradient(matvec, b, x0_hat, num_iters=num_iters), eps, carry
+            damped = lambda x: x + jnp.asarray(gamma, x.dtype) * operator.normal(x)
+            b = x0_hat + jnp.asarray(gamma, back.dtype) * back
+            found = conjugate_gradient(damped, b, x0_hat, num_iters=num_iters)
+        return found, eps, carry
 
     return correct

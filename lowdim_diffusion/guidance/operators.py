@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lowdim_diffusion._checks import check_int, check_range, fail
 from lowdim_diffusion._types import Array, ArrayLike, Float, PRNGKey, PyTree, Scalar
@@ -77,25 +78,25 @@ class LinearOperator:
         """Shape of one measurement."""
         return self._abstract(jnp.float32).shape
 
-    def apply(self, x: Float[Array, "b *data"]) -> Array:
+    def apply(self, x: ArrayLike) -> Array:
         """Return ``A x: [b, *measurement]`` for ``x: [b, *data]``, in the dtype of x."""
-        self._check("apply", "x", x, self.data_shape)
+        x = self._checked("apply", "x", x, self.data_shape)
         values = self._values(x.dtype)
         return jax.vmap(lambda one: self.fn(values, one))(x)
 
-    def transpose(self, y: Float[Array, "b *measurement"]) -> Array:
+    def transpose(self, y: ArrayLike) -> Array:
         """Return ``A^T y: [b, *data]`` for ``y: [b, *measurement]``."""
-        self._check("transpose", "y", y, self.measurement_shape)
+        y = self._checked("transpose", "y", y, self.measurement_shape)
         values = self._values(y.dtype)
         example = jax.ShapeDtypeStruct(self.data_shape, y.dtype)
         back = jax.linear_transpose(lambda one: self.fn(values, one), example)
         return jax.vmap(lambda one: back(one)[0])(y)
 
-    def normal(self, x: Float[Array, "b *data"]) -> Float[Array, "b *data"]:
+    def normal(self, x: ArrayLike) -> Array:
         """Return ``A^T A x``."""
         return self.transpose(self.apply(x))
 
-    def spectral(self, x: Float[Array, "b *data"], g: Spectral) -> Float[Array, "b *data"]:
+    def spectral(self, x: ArrayLike, g: Spectral) -> Array:
         """Return ``g(A^T A) x`` on the row space of A; what x has in the null space is dropped.
 
         Args:
@@ -108,13 +109,11 @@ class LinearOperator:
         if self.spectral_fn is None:
             fix = "use a method that needs products only, such as dds or mmps"
             raise fail("LinearOperator", "no spectral_fn", "one, as matrix(a) has", None, fix)
-        self._check("spectral", "x", x, self.data_shape)
+        x = self._checked("spectral", "x", x, self.data_shape)
         values, spectral_fn = self._values(x.dtype), self.spectral_fn
         return jax.vmap(lambda one: spectral_fn(values, one, g))(x)
 
-    def solve(
-        self, y: Float[Array, "b *measurement"], ridge: Any = 0.0, *, num_iters: int = 50
-    ) -> Float[Array, "b *data"]:
+    def solve(self, y: ArrayLike, ridge: Any = 0.0, *, num_iters: int = 50) -> Array:
         r"""Return ``(A^T A + ridge I)^{-1} A^T y``; ``A^+ y`` with ``ridge = 0``.
 
         Args:
@@ -156,13 +155,19 @@ class LinearOperator:
 
         return jax.tree.map(cast, self.values)
 
-    def _check(self, method: str, name: str, x: Any, expected: tuple[int, ...]) -> None:
+    def _checked(self, method: str, name: str, x: Any, expected: tuple[int, ...]) -> Array:
         shape = tuple(np.shape(x))
         if len(shape) != len(expected) + 1 or shape[1:] != expected:
             wanted = ", ".join(["b", *map(str, expected)])
             where = f"LinearOperator.{method}"
             fix = "put the batch first; the operator is of other data" if shape else ""
             raise fail(where, f"wrong shape of {name}", f"({wanted})", shape, fix)
+        return _real(x)
+
+
+def _real(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
 
 
 def check_measurement(
@@ -190,7 +195,7 @@ def check_measurement(
 
 
 def measure(
-    key: PRNGKey, operator: LinearOperator, x0: Float[Array, "b *data"], noise_std: Scalar = 0.0
+    key: PRNGKey, operator: LinearOperator, x0: ArrayLike, noise_std: Scalar = 0.0
 ) -> Array:
     """Return ``A x_0 + noise_std n`` with standard normal n: ``[b, *measurement]``.
 
@@ -239,7 +244,7 @@ def inpainting(mask: ArrayLike) -> LinearOperator:
         >>> inpainting([True, False, True]).apply(jnp.array([[1.0, 2.0, 3.0]])).tolist()
         [[1.0, 3.0]]
     """
-    if isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, Tracer):
         raise TypeError("inpainting: the mask must be concrete; random_inpainting draws in jit.")
     mask = np.asarray(mask)
     inside = mask == 1
@@ -253,9 +258,7 @@ def inpainting(mask: ArrayLike) -> LinearOperator:
     return LinearOperator(_gather, mask.shape, jnp.asarray(index), _mask_spectral)
 
 
-def random_inpainting(
-    key: PRNGKey, data_shape: Sequence[int], num_observed: int
-) -> LinearOperator:
+def random_inpainting(key: PRNGKey, data_shape: Sequence[int], num_observed: int) -> LinearOperator:
     """Return the operator that keeps ``num_observed`` entries chosen at random.
 
     Of pictures ``[h, w, c]`` it keeps that many pixels, each in all channels.
@@ -395,7 +398,7 @@ def blur(
         check_range("blur", "std", kernel_or_std, 0, low_open=True, high_open=True)
         kernel = _gaussian(float(kernel_or_std), height, width)
     else:
-        kernel = jnp.asarray(kernel_or_std)
+        kernel = _real(kernel_or_std)
     sides = tuple(kernel.shape)
     odd = len(sides) == 2 and all(side % 2 == 1 for side in sides)
     if not odd or sides[0] > height or sides[1] > width:
@@ -427,7 +430,7 @@ def _product_spectral(values: Any, v: Array, g: Spectral) -> Array:
     return jnp.matmul(inside, right, precision=_HIGHEST).reshape(v.shape)
 
 
-def matrix(a: Float[Array, "m dim"], data_shape: Sequence[int] | None = None) -> LinearOperator:
+def matrix(a: ArrayLike, data_shape: Sequence[int] | None = None) -> LinearOperator:
     """Return the operator of a matrix, with its singular value decomposition.
 
     Args:
@@ -443,8 +446,7 @@ def matrix(a: Float[Array, "m dim"], data_shape: Sequence[int] | None = None) ->
         >>> a.solve(jnp.array([[6.0]])).tolist()
         [[3.0, 0.0]]
     """
-    a = jnp.asarray(a)
-    a = a if jnp.issubdtype(a.dtype, jnp.floating) else a.astype(jnp.result_type(float))
+    a = _real(a)
     if a.ndim != 2 or 0 in a.shape:
         raise fail("matrix", "wrong shape of a", "[m, n]", a.shape)
     shape = (a.shape[1],) if data_shape is None else tuple(data_shape)

@@ -74,14 +74,13 @@ def repeated(solver: Solver, num_repeats: int) -> Solver:
                 denoise_fn, state, c.inner, own, correct=correct, carry=carry, clean=clean
             )
 
-        def there_and_back(loop: Any, i: Any) -> tuple[Any, None]:
-            out = once(*loop, i)
+        def there_and_back(loop: tuple[State, Any], i: Any) -> tuple[Any, None]:
+            out = once(loop[0], loop[1], i)
             noise = draw(i * _DRAWS + _DRAWS - 1)
             return (State(c.back * out.state.x + c.back_std * noise), out.carry), None
 
         last = 0 if clean else num_repeats - 1
-        if last:
-            (state, carry), _ = jax.lax.scan(there_and_back, (state, carry), jnp.arange(last))
+        (state, carry), _ = jax.lax.scan(there_and_back, (state, carry), jnp.arange(last))
         return once(state, carry, last)
 
     return Solver(

@@ -1,0 +1,270 @@
+"""Measurement guidance: one step against dense formulas, whole runs against the exact posterior."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowdim_diffusion import (
+    distributions,
+    guidance,
+    linalg,
+    sampling,
+    schedules,
+    sharding,
+    solvers,
+)
+
+VP, T = schedules.VPLinear(), 0.4
+ALPHA = np.exp(-0.25 * T**2 * 19.9 - 0.05 * T)
+SIGMA = np.sqrt(1 - ALPHA**2)
+DIM, ROWS = 8, 3
+
+
+@pytest.fixture
+def case(x64):
+    """A linear denoiser ``x W^T``, one step's inputs, and a measurement for each example."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(DIM, DIM)) / 4
+    x_t = rng.normal(size=(2, DIM))
+    x0_hat = x_t @ w.T
+    eps = (x_t - ALPHA * x0_hat) / SIGMA
+    a, y = rng.normal(size=(ROWS, DIM)), rng.normal(size=(2, ROWS))
+    return w, x_t, x0_hat, eps, a, y
+
+
+def linear(w):
+    return lambda x, t: x @ w.T
+
+
+def corrected(hook, x0_hat, eps, carry=None):
+    out = jax.jit(hook)(jnp.asarray(x0_hat), jnp.asarray(eps), jnp.asarray(T), carry)
+    return jax.tree.map(np.asarray, out[:2])
+
+
+def test_dps_steps_down_the_gradient_of_the_norm(case):
+    w, _, x0_hat, eps, a, y = case
+    hook = guidance.dps(linear(w), VP, guidance.matrix(a), y, step=0.7)
+    found, same = corrected(hook, x0_hat, eps)
+    r = y - x0_hat @ a.T
+    gradient = -(r / np.linalg.norm(r, axis=1, keepdims=True)) @ a @ w
+    np.testing.assert_allclose(found, x0_hat - 0.7 / ALPHA * gradient, atol=1e-12)
+    np.testing.assert_array_equal(same, eps)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.4])
+def test_pigdm_pulls_the_pseudo_inverse_back(case, noise_std):
+    w, _, x0_hat, eps, a, y = case
+    hook = guidance.pigdm(linear(w), VP, guidance.matrix(a), y, noise_std=noise_std, data_std=2.0)
+    found, same = corrected(hook, x0_hat, eps)
+    v = 4 * SIGMA**2 / (4 * ALPHA**2 + SIGMA**2)
+    gram = a @ a.T + noise_std**2 / v * np.eye(ROWS)
+    expected = x0_hat + np.linalg.solve(gram, (y - x0_hat @ a.T).T).T @ a @ w
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_array_equal(same, eps)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_mmps_is_the_posterior_mean_of_a_gaussian(noise_std, x64):
+    """Given x_t and y together: one measurement more."""
+    rng = np.random.default_rng(1)
+    p = distributions.Gaussian(rng.normal(size=DIM), rng.normal(size=(DIM, 4)), 0.1)
+    a, y, x_t = rng.normal(size=(ROWS, DIM)), rng.normal(size=(2, ROWS)), rng.normal(size=(2, DIM))
+    op = guidance.matrix(a)
+    guided = guidance.mmps(p.denoiser(VP), VP, op, y, noise_std=noise_std, num_iters=ROWS + 3)
+    mean, cov = (np.asarray(m) for m in p.moments())
+    both = np.vstack([a, ALPHA * np.eye(DIM)])
+    noise = np.diag([noise_std**2] * ROWS + [SIGMA**2] * DIM)
+    gain = cov @ both.T @ np.linalg.inv(both @ cov @ both.T + noise)
+    expected = mean + (np.hstack([y, x_t]) - mean @ both.T) @ gain.T
+    np.testing.assert_allclose(jax.jit(guided)(x_t, T), expected, atol=1e-9)
+
+
+def test_ddnm_replaces_the_row_space_and_nothing_else(case):
+    _, _, x0_hat, eps, a, y = case
+    found, same = corrected(guidance.ddnm(VP, guidance.matrix(a), y), x0_hat, eps)
+    np.testing.assert_allclose(found @ a.T, y, atol=1e-12)
+    null = np.eye(DIM) - np.linalg.pinv(a) @ a
+    np.testing.assert_allclose(found @ null, x0_hat @ null, atol=1e-12)
+    np.testing.assert_array_equal(same, eps)
+
+
+@pytest.mark.parametrize("noise_std", [0.01, 9.0])
+def test_ddnm_keeps_the_noise_at_its_level(case, noise_std):
+    """In each singular direction the noise of y and what is left of eps make sigma together."""
+    _, _, x0_hat, eps, a, y = case
+    hook = guidance.ddnm(VP, guidance.matrix(a), y, noise_std=noise_std)
+    found, left = corrected(hook, x0_hat, eps)
+    _, s, vt = np.linalg.svd(a)
+    wanted = (y @ np.linalg.pinv(a).T - x0_hat) @ vt[:ROWS].T
+    taken = ((found - x0_hat) @ vt.T)[:, :ROWS] / wanted
+    assert (taken < 1).all() == (noise_std > 1)
+    kept = ((left @ vt.T) / (eps @ vt.T)).mean(0)
+    noise = (ALPHA * taken.mean(0) * noise_std / s) ** 2 + (SIGMA * kept[:ROWS]) ** 2
+    np.testing.assert_allclose(noise, SIGMA**2, rtol=1e-6)
+    np.testing.assert_allclose(kept[ROWS:], 1, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dds_solves_and_does_not_break_down(case, dtype):
+    """Three rows: forty iterations are far beyond the rank."""
+    _, _, x0_hat, eps, a, y = (None if v is None else np.asarray(v, dtype) for v in case)
+    op, tolerance = guidance.matrix(a), 200 * np.finfo(dtype).eps
+    pinv = np.linalg.pinv(a)
+    found, same = corrected(guidance.dds(op, y, num_iters=40), x0_hat, eps)
+    np.testing.assert_allclose(found, x0_hat + (y - x0_hat @ a.T) @ pinv.T, atol=tolerance)
+    np.testing.assert_array_equal(same, eps)
+    found, _ = corrected(guidance.dds(op, y, num_iters=40, gamma=2.0), x0_hat, eps)
+    m = np.eye(DIM) + 2 * a.T @ a
+    np.testing.assert_allclose(found, np.linalg.solve(m, (x0_hat + 2 * y @ a).T).T, atol=tolerance)
+
+
+def test_replacement_renews_what_is_measured(x64):
+    mask = np.array([1, 0, 1, 1, 0, 0, 0, 0])
+    op, b = guidance.inpainting(mask), 4000
+    x0_hat, eps, y = jnp.full((b, DIM), 0.5), jnp.full((b, DIM), 2.0), jnp.ones((1, 3))
+    keys = sharding.example_keys(jax.random.key(0), jnp.arange(b))
+    new_x0, new_eps, new_keys = jax.jit(guidance.replacement(VP, op, y))(x0_hat, eps, T, keys)
+    np.testing.assert_allclose(new_x0[0], np.where(mask, 1, 0.5), atol=1e-12)
+    np.testing.assert_allclose(new_eps[:, mask == 0], 2, atol=1e-12)
+    inside = np.asarray(new_eps[:, mask == 1])
+    assert abs(inside.mean()) < 0.05 and abs(inside.std() - 1) < 0.05
+    assert not (jax.random.key_data(new_keys) == jax.random.key_data(keys)).all(1).any()
+
+
+class G64:
+    """Three subspaces of rank 4 in 64 dimensions; 32 noiseless measurements of 64 examples."""
+
+    def __init__(self, rows=32, num=64):
+        frame_key, x_key, a_key = jax.random.split(jax.random.key(0), 3)
+        scales = jnp.sqrt(jnp.array([[4, 2, 1, 0.5]])).repeat(3, 0)
+        bases = linalg.random_frames(frame_key, 3, 64, 4)
+        self.p = distributions.MoLRG(bases, scales=scales, noise_std=1e-3)
+        self.x0 = self.p.sample(x_key, num)[0]
+        a = jax.random.normal(a_key, (rows, 64)) / rows**0.5
+        self.op = guidance.matrix(a)
+        self.y = self.op.apply(self.x0)
+        self.denoise_fn = self.p.denoiser(VP)
+        self.oracle = self.error(distributions.condition(self.p, a, self.y).mean())
+
+    def error(self, x):
+        return float(jnp.linalg.norm(x - self.x0) / jnp.linalg.norm(self.x0))
+
+    def run(self, steps, hook=None, *, denoise_fn=None, solver=None, carry=None, grid=None):
+        draw = lambda key: sampling.sample(
+            key,
+            denoise_fn or self.denoise_fn,
+            VP,
+            (grid or schedules.uniform_grid)(VP, steps),
+            self.x0.shape,
+            solver=solver or solvers.ddim(),
+            correct=hook,
+            correct_carry=carry,
+        )
+        return self.error(jax.jit(draw)(jax.random.key(1)).x)
+
+
+def test_dds_reaches_the_oracle_as_a_hook_only():
+    """Written as a denoiser it makes the solver recompute eps: .218 published in place of .0045."""
+    g = G64()
+    hook = guidance.dds(g.op, g.y)
+    assert 1.5e-3 < g.oracle < 3.5e-3
+    assert g.oracle < g.run(100, hook, grid=schedules.log_snr_grid) < 1.2 * g.oracle
+    moved = lambda x, t: hook(g.denoise_fn(x, t), x, t, None)[0]
+    assert g.run(100, denoise_fn=moved, grid=schedules.log_snr_grid) > 0.1
+
+
+@pytest.mark.slow
+def test_dds_converges_to_the_oracle_and_noise_slows_it():
+    """Published: 9.7e-2, 1.8e-2, 4.8e-3, 2.5e-3 at T = 20, 50, 100, 300; 4.0e-2 with eta .85."""
+    g = G64(num=256)
+    hook = guidance.dds(g.op, g.y)
+    found = [g.run(steps, hook) for steps in (20, 50, 100, 300)]
+    assert all(
+        0.6 < f / p < 1.6 for f, p in zip(found, (9.7e-2, 1.8e-2, 4.8e-3, 2.5e-3), strict=True)
+    )
+    assert found[-1] < 1.2 * g.oracle
+    assert g.run(100, hook, solver=solvers.ddim(0.85)) > 2 * found[2]
+    few = G64(rows=16, num=256)
+    found = [few.run(steps, guidance.dds(few.op, few.y)) for steps in (20, 50, 100)]
+    assert all(0.6 < f / p < 1.6 for f, p in zip(found, (0.57, 0.22, 0.05), strict=True))
+
+
+@pytest.mark.slow
+def test_resample_works_but_dds_is_better():
+    """Published: .074 and .031 at T = 100 and 300; DDS .006 and .0025."""
+    g = G64(num=256)
+    found = [
+        g.run(steps, guidance.ddnm(VP, g.op, g.y), solver=guidance.resample())
+        for steps in (100, 300)
+    ]
+    assert all(0.5 < f / p < 1.5 for f, p in zip(found, (0.074, 0.031), strict=True))
+    assert found[0] > 3 * g.run(100, guidance.dds(g.op, g.y))
+
+
+@pytest.mark.slow
+def test_replacement_improves_with_repeats():
+    """Published for 32 of 64 entries in 50 steps: .152; .041 with 10 repeats; exact .0024."""
+    g = G64(num=256)
+    mask = np.random.default_rng(0).permutation(64) < 32
+    op = guidance.inpainting(mask)
+    y = op.apply(g.x0)
+    keys = sharding.example_keys(jax.random.key(5), jnp.arange(256))
+    hook = guidance.replacement(VP, op, y)
+    solver = solvers.ancestral()
+    found = [
+        g.run(50, hook, solver=guidance.repeated(solver, r), carry=keys) for r in (1, 2, 5, 10)
+    ]
+    assert found[0] > found[1] > found[2] > 0.9 * found[3] and 0.1 < found[0] < 0.2
+    oracle = g.error(distributions.condition(g.p, op.matrix(), y).mean())
+    assert oracle < found[3] < 0.06
+
+
+def test_repeated_counts_its_evaluations_and_refuses_memory():
+    """All data at 0: whatever the way back and forth, the state is sigma times a normal."""
+    ts, zero, key = [0.9, 0.8, 0.5, T], lambda x, t: 0 * x, jax.random.key(0)
+    run = lambda ts, solver: sampling.sample(key, zero, VP, ts, (4000, 1), solver=solver)
+    result = run(ts, guidance.repeated(solvers.ddim(0.5), 3))
+    assert result.nfe == 3 * 3 and float(result.x.std()) == pytest.approx(SIGMA, rel=0.04)
+    assert run([*ts, 0.0], guidance.repeated(solvers.ddim(), 3)).nfe == 3 * 3 + 1
+    with pytest.raises(ValueError, match="remembers steps"):
+        run(ts, guidance.repeated(solvers.dpmpp_2m(), 2))
+
+
+BAD = {
+    "y": (lambda op: guidance.dds(op, jnp.ones((2, 5))), "dds: wrong shape of y"),
+    "unbatched": (lambda op: guidance.ddnm(VP, op, jnp.ones(3)), r"y\[None\]"),
+    "noise": (
+        lambda op: guidance.mmps(linear(1), VP, op, jnp.ones((1, 3)), noise_std=-1.0),
+        "noise_std out of range",
+    ),
+    "step": (lambda op: guidance.dps(linear(1), VP, op, jnp.ones((1, 3)), step=0.0), "step out of"),
+    "gamma": (lambda op: guidance.dds(op, jnp.ones((1, 3)), gamma=-1.0), "gamma out of range"),
+    "repeats": (lambda op: guidance.repeated(solvers.ddim(), 0), "num_repeats too small"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name, unchecked):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        make(guidance.matrix(np.eye(3, DIM)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "message"),
+    [((4, DIM + 1), 1, "measurement operator of another shape"), ((4, DIM), 3, "1 or 4, got 3")],
+)
+def test_measurement_has_to_fit_the_examples(shape, count, message, unchecked):
+    hook = guidance.dds(guidance.matrix(np.eye(3, DIM)), jnp.ones((count, 3)))
+    with pytest.raises(ValueError, match=message):
+        ts = schedules.uniform_grid(VP, 2)
+        key, solver = jax.random.key(0), solvers.ddim()
+        sampling.sample(key, lambda x, t: x, VP, ts, shape, solver=solver, correct=hook)
+
+
+def test_denoiser_has_to_keep_the_shape(unchecked):
+    op = guidance.matrix(np.eye(3, DIM))
+    guided = guidance.mmps(lambda x, t: x[:, :2], VP, op, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match="mmps: x_t has shape"):
+        guided(jnp.ones((2, DIM)), 0.5)
