@@ -14,6 +14,12 @@ function                     what it returns
 Two more go beside a denoiser: ``langevin`` moves samples at a fixed noise level, which a
 composition needs to be exact; ``svdd`` makes of a stochastic solver one that follows a reward
 without its gradient.
+
+Linear measurements ``y = A x_0 + s n``: operators (``inpainting``, ``downsampling``, ``blur``,
+``matrix``, any linear function as a ``LinearOperator``) and methods that sample with them, ``mmps``
+as a denoiser and ``dps``, ``pigdm``, ``ddnm``, ``dds``, ``replacement`` as hooks for
+``sampling.sample(correct=...)``; ``repeated`` and ``resample`` are solvers for the hooks. See
+:mod:`lowdim_diffusion.guidance.measurements`.
 """
 
 from lowdim_diffusion.guidance.composition import LangevinResult, compose, langevin

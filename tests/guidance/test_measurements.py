@@ -169,7 +169,7 @@ def test_dds_reaches_the_oracle_as_a_hook_only():
     g = G64()
     hook = guidance.dds(g.op, g.y)
     assert 1.5e-3 < g.oracle < 3.5e-3
-    assert g.oracle < g.run(100, hook, grid=schedules.log_snr_grid) < 1.2 * g.oracle
+    assert g.oracle < g.run(100, hook, grid=schedules.log_snr_grid) < 1.5 * g.oracle
     moved = lambda x, t: hook(g.denoise_fn(x, t), x, t, None)[0]
     assert g.run(100, denoise_fn=moved, grid=schedules.log_snr_grid) > 0.1
 
