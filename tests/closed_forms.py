@@ -1,8 +1,10 @@
-"""The mixture of low-rank Gaussians written from the papers' formulas, apart from the package."""
+"""Gaussians and their low-rank mixture from the papers' formulas, apart from the package."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lowdim_diffusion.linalg import expand_right
 
 
 def molrg_mean(bases, x, sigma):
@@ -35,3 +37,22 @@ def molrg_data(key, bases, num):
     k, _, d = bases.shape
     labels = jax.random.randint(label_key, (num,), 0, k)
     return jnp.einsum("bnd,bd->bn", bases[labels], jax.random.normal(key, (num, d)))
+
+
+def gaussian(schedule, mean, var):
+    """``(denoise_fn, log_prob_fn)`` of independent coordinates ``N(mean [n], var [n])``."""
+    mean, var = jnp.array(mean)[None], jnp.array(var)[None]
+
+    def levels(t):
+        a, s = (expand_right(c(t), 2) for c in (schedule.alpha, schedule.sigma))
+        return a, a**2 * var + s**2
+
+    def denoise_fn(x, t):
+        a, spread = levels(t)
+        return mean + a * var / spread * (x - a * mean)
+
+    def log_prob_fn(x, t):
+        a, spread = levels(t)
+        return -0.5 * jnp.sum((x - a * mean) ** 2 / spread + jnp.log(spread), axis=1)
+
+    return denoise_fn, log_prob_fn

@@ -4,39 +4,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import gaussian
 
-from lowdim_diffusion import denoisers, distributions, guidance, sampling, schedules, solvers
+from lowdim_diffusion import denoisers, guidance, sampling, schedules, solvers
 
 VP, VE, RF = schedules.VPLinear(), schedules.VE(), schedules.RectifiedFlow()
-LAWS = [
-    distributions.Gaussian(jnp.array([m]), jnp.array([[v**0.5]]))
-    for m, v in ((0.0, 9.0), (-1.0, 1.0), (1.0, 1.0))
-]
+LAWS = [([0.0], [9.0]), ([-1.0], [1.0]), ([1.0], [1.0])]  # means and variances; first: no condition
 PRODUCT = 9 / 17  # 1 / (1 + 1 - 1 / 9) = 0.5294
 
 
-def composed(schedule):
-    base, *others = [p.denoiser(schedule) for p in LAWS]
-    return guidance.compose(base, others)
+def composed(schedule, weights=None, kind=0):
+    """The composition of the denoisers (kind 0) or of the log-densities (1)."""
+    base, *others = [gaussian(schedule, *law)[kind] for law in LAWS]
+    return guidance.compose(base, others, weights)
 
 
-def log_probs(schedule):
-    """Log-densities of the noisy laws as functions of ``(x, t)``."""
-    fn = lambda p: lambda x, t: p.log_prob(x, schedule.alpha(t), schedule.sigma(t))
-    return [fn(p) for p in LAWS]
-
-
-@pytest.mark.parametrize("schedule", [VP, VE, RF], ids=lambda s: type(s).__name__)
-def test_score_is_that_of_the_powers(schedule, key, x64):
+def test_score_is_that_of_the_powers(key, x64):
     """AND and NOT, one weight per example, against the gradient of the composed log-density."""
-    x, t = jax.random.normal(key, (4, 1), float), 0.7 * schedule.t_max
+    x, t = jax.random.normal(key, (4, 1), float), 0.7
     weights = [jnp.array([1.0, 2.0, -0.5, 0.0]), jnp.array([1.0, -1.0, 3.0, 0.0])]
-    fns = [p.denoiser(schedule) for p in LAWS]
-    both = guidance.compose(fns[0], fns[1:], weights)
-    density = guidance.compose(log_probs(schedule)[0], log_probs(schedule)[1:], weights)
+    both, density = composed(RF, weights), composed(RF, weights, kind=1)
     expected = jax.grad(lambda x: density(x, t).sum())(x)
-    np.testing.assert_allclose(denoisers.score_fn(both, schedule)(x, t), expected, rtol=1e-9)
-    np.testing.assert_allclose(both(x, schedule.t_max)[3], fns[0](x, schedule.t_max)[3], rtol=1e-12)
+    np.testing.assert_allclose(denoisers.score_fn(both, RF)(x, t), expected, rtol=1e-9)
+    np.testing.assert_allclose(both(x, 1.0)[:, 0], [0.0, -3.0, 3.5, 0.0])  # the means
 
 
 def test_samplers_alone_miss_the_product(x64):
@@ -51,14 +41,14 @@ def test_samplers_alone_miss_the_product(x64):
     assert float(slope(flow) ** 2) == pytest.approx(0.1115, rel=2e-3)
 
     solver = solvers.ancestral()
-    steps = solvers.plan(solver, VP, schedules.log_snr_grid(VP, 4000)).coefficients
+    steps = solvers.plan(solver, VP, schedules.log_snr_grid(VP, 2000)).coefficients
 
     def move(var, c):
         kernel = solver.kernel(composed(VP), solvers.State(x), c)
         return slope(kernel.mean.x) ** 2 * var + kernel.std**2, None
 
     var, _ = jax.lax.scan(move, jnp.ones(()), jax.tree.map(jnp.asarray, steps))
-    assert float(var) == pytest.approx(91 / 243, rel=4e-3)
+    assert float(var) == pytest.approx(91 / 243, rel=8e-3)
 
 
 def test_langevin_at_every_level_reaches_the_product(key):
@@ -79,28 +69,27 @@ def test_langevin_at_every_level_reaches_the_product(key):
 
     inputs = run.coefficients, run.grid.t[1:], jax.random.split(key, 100)
     inputs = jax.tree.map(lambda a: a[:99], inputs)  # the last step leads to the clean example
-    x, _ = jax.lax.scan(move, jax.random.normal(key, (40000, 1)), inputs)
-    assert float(jnp.var(x)) == pytest.approx(0.5573, rel=0.025)
+    x, _ = jax.lax.scan(move, jax.random.normal(key, (20000, 1)), inputs)
+    assert float(jnp.var(x)) == pytest.approx(0.5573, rel=0.03)
 
 
 def test_metropolis_removes_the_bias(key):
     """Large steps: ULA settles at V / (1 - eta / 2V), MALA at V."""
     t = jnp.float32(VP.t_min)
-    x, eta = 0.6 * jax.random.normal(key, (40000, 1)), 0.6 * PRODUCT
-    base, *others = log_probs(VP)
-    energy = guidance.compose(base, others)
+    x, eta = 0.6 * jax.random.normal(key, (20000, 1)), 0.6 * PRODUCT
+    energy = composed(VP, kind=1)
     run = lambda **options: guidance.langevin(
-        key, composed(VP), VP, x, t, step_size=eta, num_steps=30, **options
+        key, composed(VP), VP, x, t, step_size=eta, num_steps=20, **options
     )
     plain, exact = run(), run(log_prob_fn=energy)
-    assert float(jnp.var(plain.x)) == pytest.approx(PRODUCT / 0.7, rel=0.025)
-    assert float(jnp.var(exact.x)) == pytest.approx(PRODUCT, rel=0.025)
+    assert float(jnp.var(plain.x)) == pytest.approx(PRODUCT / 0.7, rel=0.03)
+    assert float(jnp.var(exact.x)) == pytest.approx(PRODUCT, rel=0.03)
     assert np.all(plain.acceptance == 1) and 0.8 < float(jnp.mean(exact.acceptance)) < 0.98
 
 
 def test_energy_decides_about_the_law(key):
     """MALA with the drift of another density is still exact."""
-    x = jax.random.normal(key, (40000, 1))
+    x = jax.random.normal(key, (20000, 1))
     white, wide = lambda x, t: x / (1 + t**2), lambda x, t: -(x[:, 0] ** 2) / 4
     out = guidance.langevin(key, white, VE, x, 0.1, step_size=0.5, num_steps=40, log_prob_fn=wide)
     assert float(jnp.var(out.x)) == pytest.approx(2.0, rel=0.03)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import gaussian
 
 from lowdim_diffusion import distributions, guidance, sampling, schedules, solvers
 
@@ -95,10 +96,10 @@ def test_one_step_chooses_by_softmax(key):
 def test_exact_value_reaches_the_tilted_law():
     """With 10 proposals; 1 is the base law, whose distance is 0.34."""
     result = jax.jit(
-        lambda: draw_samples(exact_value, num=2000, num_proposals=10, temperature=0.5)
+        lambda: draw_samples(exact_value, num=1000, steps=60, num_proposals=10, temperature=0.5)
     )()
-    assert distance(result.x) < 0.04
-    assert float(jnp.mean(result.x[:, 0])) == pytest.approx(1.14, abs=0.05)
+    assert distance(result.x) < 0.05
+    assert float(jnp.mean(result.x[:, 0])) == pytest.approx(1.14, abs=0.08)
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_proposals_against_bias():
 
 def test_contract(key):
     """One proposal is the solver itself; equal calls, equal solvers; evaluations are counted."""
-    ts, d = jnp.array([1.0, 0.5, 0.1, 0.0]), BASE.denoiser(RF)
+    ts, (d, _) = jnp.array([1.0, 0.5, 0.1, 0.0]), gaussian(RF, [0.3, -0.2], [1.0, 0.5])
     value = guidance.posterior_mean_value(d, REWARD)
     run = lambda solver, **o: sampling.sample(key, d, RF, ts, (6, 2), solver=solver, **o)
     plain = run(solvers.ancestral())
