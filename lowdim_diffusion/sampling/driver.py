@@ -16,7 +16,7 @@ from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
 from lowdim_diffusion.sampling._common import cast
 from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
-from lowdim_diffusion.solvers import CorrectFn, Solver, ends_clean, plan
+from lowdim_diffusion.solvers import CorrectFn, Solver, State, ends_clean, plan
 from lowdim_diffusion.solvers._base import check_grid, floating
 
 __all__ = ["SampleResult", "initial_noise", "sample", "sample_batched"]
@@ -32,6 +32,7 @@ class SampleResult:
         trajectory: ``[k, b, *data]``, noise to data; None with ``save="final"``.
         ts: ``[k]``, the trajectory's times; None with ``save="final"``.
         carry: what the correction hook carried out of the last step.
+        state: the last state of a reversible solver, which :func:`invert` takes; else None.
         nfe: denoiser evaluations that every sample took, a Python int.
     """
 
@@ -40,6 +41,7 @@ class SampleResult:
     ts: Array | None
     carry: Any
     nfe: int = field(metadata={"static": True})
+    state: State | None = None
 
 
 def initial_noise(
@@ -90,7 +92,8 @@ def sample(
         ts: ``[num_steps + 1]`` strictly decreasing times. A last entry of 0, or anything up to
             ``schedule.t_min``, ends on the denoised example. With known (not traced) numbers the
             solver's coefficients are computed beforehand in float64.
-        shape_or_x_T: a shape ``(b, *data)``, or the start ``[b, *data]`` itself at ``ts[0]``.
+        shape_or_x_T: a shape ``(b, *data)``, or the start ``[b, *data]`` itself at ``ts[0]``, or a
+            state that :func:`invert` returned.
         solver: from ``lowdim_diffusion.solvers``.
         save: what to keep. ``"final"``: nothing more; ``"all"``: the ``num_steps + 1`` states from
             x_T to the sample; ``"denoised"``: the ``num_steps`` predictions x0_hat, at ``ts[:-1]``;
@@ -123,7 +126,8 @@ def sample(
     ts = check_grid("sample", schedule, ts)
     _warn_if_stiff(denoise_fn, np.shape(ts)[0] - 1)
     _check_save(save)
-    shape, x = _start(shape_or_x_T)
+    given = shape_or_x_T if isinstance(shape_or_x_T, State) else None
+    shape, x = _start(shape_or_x_T if given is None else given.x)
     index = _indices(index, shape[0])
     if x is None:
         x = initial_noise(key, schedule, jnp.asarray(ts)[0], shape, index=index)
@@ -143,7 +147,11 @@ def sample(
         stacked = {"all": out.state.x, "denoised": out.x0_hat}.get(str(save))
         return (out.state, out.carry, kept), stacked
 
-    loop = (solver.init(x), jax.tree.map(jnp.asarray, correct_carry), kept)
+    loop = (
+        solver.init(x) if given is None else given,
+        jax.tree.map(jnp.asarray, correct_carry),
+        kept,
+    )
     inputs = (jnp.arange(num_steps), run.coefficients)
     short_end = _has_short_end(solver, schedule, ts)  # not a step for a body of several stages
     scanned = jax.tree.map(lambda a: a[: num_steps - short_end], inputs)
@@ -157,7 +165,9 @@ def sample(
     if save == "all":
         trajectory = jax.tree.map(lambda a: jnp.concatenate([x[None], a]), states)
     times = _kept_times(run.grid.t, save)
-    return SampleResult(state.x, trajectory, times, carry, _count_evals(solver, schedule, ts))
+    nfe = _count_evals(solver, schedule, ts)
+    last = None if solver.undo is None else state
+    return SampleResult(state.x, trajectory, times, carry, nfe, last)
 
 
 def sample_batched(
@@ -288,7 +298,8 @@ def _kept_times(times: Array, save: str | int) -> Array | None:
 
 def _has_short_end(solver: Solver, schedule: Schedule, ts: Any) -> bool:
     """Whether the last step is known to reach the clean example with fewer evaluations."""
-    return solver.num_evals > 1 and ends_clean(schedule, ts) is True
+    several = solver.num_evals > 1 and solver.undo is None
+    return several and ends_clean(schedule, ts) is True
 
 
 def _count_evals(solver: Solver, schedule: Schedule, ts: Any) -> int:

@@ -111,6 +111,10 @@ class Solver:
         settings: the method's numbers.
         kernel: ``(denoise_fn, state, c, *, correct=None, carry=None) -> Kernel``; None for
             deterministic solvers and where the noise does not come last.
+        undo: ``(denoise_fn, state, c) -> State``, the exact inverse of a step of a reversible
+            solver; None for all others.
+        resume: ``(x_0, before) -> State``, a reversible solver's state at the end of a run, from an
+            example and an estimate of the state before it.
         order: of convergence.
         num_evals: denoiser evaluations per step.
         stochastic: whether steps draw noise.
@@ -122,6 +126,8 @@ class Solver:
     coefficients: Callable[[Any, Schedule, Grid], Any] = field(metadata={"static": True})
     settings: Any = ()
     kernel: Callable[..., Kernel] | None = field(default=None, metadata={"static": True})
+    undo: Callable[..., State] | None = field(default=None, metadata={"static": True})
+    resume: Callable[[Array, Array], State] | None = field(default=None, metadata={"static": True})
     order: int = field(default=1, metadata={"static": True})
     num_evals: int = field(default=1, metadata={"static": True})
     stochastic: bool = field(default=False, metadata={"static": True})
@@ -202,6 +208,11 @@ def half_log_snr(grid: Grid) -> tuple[Array, Array]:
     """Return where ``log(alpha / sigma)`` is finite, and its values, 0 where it is not."""
     inside = (grid.alpha > 0) & (grid.sigma > 0)
     return inside, jnp.log(jnp.where(inside, grid.alpha, 1) / jnp.where(inside, grid.sigma, 1))
+
+
+def snr_ratio(grid: Grid) -> Array:
+    """Return ``(alpha / sigma) / (alpha' / sigma')`` of every step, from 0 to 1."""
+    return grid.alpha[:-1] * grid.sigma[1:] / (grid.alpha[1:] * grid.sigma[:-1])
 
 
 def _make_grid(schedule: Schedule, ts: Array) -> Grid:

@@ -39,6 +39,7 @@ from lowdim_diffusion.solvers._base import (
     StepResult,
     memoryless,
     predict,
+    snr_ratio,
 )
 
 __all__ = ["ancestral", "ddim", "euler"]
@@ -120,14 +121,10 @@ def _ode_coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coeffic
     return _collect(grid, grid.sigma[1:])
 
 
-def _snr_ratio(grid: Grid) -> Array:
-    return grid.alpha[:-1] * grid.sigma[1:] / (grid.alpha[1:] * grid.sigma[:-1])
-
-
 def _ddim_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coefficients:
     del schedule
     end = grid.sigma[1:]
-    fresh = 1 - _snr_ratio(grid) ** 2
+    fresh = 1 - snr_ratio(grid) ** 2
     direction = end * safe_sqrt(1 - settings.eta**2 * fresh)
     return _collect(grid, direction, settings.eta * end * safe_sqrt(fresh))
 
@@ -135,7 +132,7 @@ def _ddim_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coeff
 def _ancestral_coefficients(settings: _Variance, schedule: Schedule, grid: Grid) -> _Coefficients:
     del schedule
     start, end = grid.sigma[:-1], grid.sigma[1:]
-    ratio = _snr_ratio(grid)
+    ratio = snr_ratio(grid)
     noisy = end > 0
     mixed = start * (jnp.where(noisy, end, start) / start) ** (1 - settings.variance)
     std = jnp.where(noisy, mixed, 0) * safe_sqrt(1 - ratio**2)

@@ -16,7 +16,15 @@ factory              prediction      variable    also called
 ``deis``             ``eps``         ``t``       tAB-DEIS, k = order - 1
 ``adams_bashforth``  ``eps``         ``rho``     rho-AB; PNDM's, on any grid
 ``dpmpp_3m``         ``x0_hat``      ``lambda``  multistep DPM-Solver++, third order
+``dpmpp_..m_sde``    ``x0_hat``      ``lambda``  SDE-DPM-Solver++, orders 2 and 3
 ===================  ==============  ==========  =====================================
+
+The last row solves the reverse SDE whose noise has ``eta`` times the variance of the forward
+process's (``q = exp(-h)``, ``h = lambda' - lambda``; ``eta = 0`` is the ODE):
+
+.. math:: x' = \sigma' q^\eta \frac{x}{\sigma}
+   + (1 + \eta)\,\sigma' \int_\lambda^{\lambda'} e^{\lambda - \eta(\lambda' - \lambda)}
+   \hat x_0\, d\lambda + \sigma' \sqrt{1 - q^{2\eta}}\, z .
 
 A run starts with Euler's step and gains an order with each further one, as long as no step touches
 pure noise or the clean example, where lambda is infinite. The weights depend on the grid alone;
@@ -24,7 +32,7 @@ they are integrals of Lagrange polynomials, by Gauss-Legendre quadrature in lamb
 
 References:
     Zhang & Chen 2023, arXiv 2204.13902, section 3.3 (DEIS);
-    Lu et al. 2022, arXiv 2211.01095, section 4 (data prediction).
+    Lu et al. 2022, arXiv 2211.01095, section 4 and appendix (data prediction, SDE).
 """
 
 import functools
@@ -34,20 +42,23 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lowdim_diffusion._checks import check_choice
-from lowdim_diffusion._types import Array, DenoiseFn, Schedule
+from lowdim_diffusion._checks import check_choice, check_range
+from lowdim_diffusion._types import Array, DenoiseFn, Scalar, Schedule
+from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
     DrawFn,
     Grid,
+    Kernel,
     Solver,
     State,
     StepResult,
     half_log_snr,
     predict,
+    snr_ratio,
 )
 
-__all__ = ["adams_bashforth", "deis", "dpmpp_3m"]
+__all__ = ["adams_bashforth", "deis", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde"]
 
 MAX_ORDER = 4
 """Beyond it the region of stability is too small for any grid in use."""
@@ -55,24 +66,39 @@ NUM_NODES = 32
 """Of the quadrature: rounding in float64 for steps that change rho up to a thousandfold."""
 
 
+class _Eta(NamedTuple):
+    eta: Any
+
+
 class _Coefficients(NamedTuple):
     t: Array
     alpha: Array
     sigma: Array
     alpha_next: Array
-    sigma_next: Array
+    direction: Array
     weights: Array
     """``[num_steps, order - 1]``: what each past value adds, less the newest."""
+    std: Any = None
 
 
 @functools.cache
 def _functions(
-    order: int, of: Literal["eps", "x0"], variable: Literal["t", "rho", "lambda"]
+    order: int, of: Literal["eps", "x0"], variable: Literal["t", "rho", "lambda"], random: bool
 ) -> tuple[Callable[..., Any], ...]:
-    """``(init, step, coefficients)``, the same objects for the same method."""
+    """``(init, step, coefficients, kernel)``, the same objects for the same method."""
 
     def init(x: Array) -> State:
         return State(x, (jnp.zeros_like(x),) * (order - 1))
+
+    def mean(
+        denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
+    ) -> StepResult:
+        x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
+        newest = eps if of == "eps" else x0_hat
+        x = c.alpha_next * x0_hat + c.direction * eps
+        for j, past in enumerate(state.history):
+            x = x + c.weights[j] * (past - newest)
+        return StepResult(State(x, (newest, *state.history)[: order - 1]), x0_hat, carry)
 
     def step(
         denoise_fn: DenoiseFn,
@@ -84,64 +110,125 @@ def _functions(
         carry: Any = None,
         clean: bool = False,
     ) -> StepResult:
-        del draw, clean  # the weights are zero there
-        x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
-        newest = eps if of == "eps" else x0_hat
-        x = c.alpha_next * x0_hat + c.sigma_next * eps
-        for j, past in enumerate(state.history):
-            x = x + c.weights[j] * (past - newest)
-        return StepResult(State(x, (newest, *state.history)[: order - 1]), x0_hat, carry)
+        result = mean(denoise_fn, state, c, correct, carry)  # its weights are zero at a clean end
+        if draw is None or clean:
+            return result
+        state = State(result.state.x + c.std * draw(0), result.state.history)
+        return StepResult(state, result.x0_hat, result.carry)
+
+    def kernel(
+        denoise_fn: DenoiseFn,
+        state: State,
+        c: _Coefficients,
+        *,
+        correct: CorrectFn | None = None,
+        carry: Any = None,
+    ) -> Kernel:
+        result = mean(denoise_fn, state, c, correct, carry)
+        return Kernel(result.state, jnp.asarray(c.std), result.x0_hat, result.carry)
 
     def coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coefficients:
-        del settings
         t, alpha, sigma = (g[:-1] for g in grid)
-        _, alpha_next, sigma_next = (g[1:] for g in grid)
-        weights = _weights(schedule, grid, order, of, variable)
-        return _Coefficients(t, alpha, sigma, alpha_next, sigma_next, weights)
+        alpha_next, end = grid.alpha[1:], grid.sigma[1:]
+        eta = settings.eta if random else 0
+        nodes = _nodes(schedule, grid, of, variable, eta)
+        weights = past_weights(nodes, order)
+        if not random:
+            return _Coefficients(t, alpha, sigma, alpha_next, end, weights)
+        q = snr_ratio(grid)
+        # The derivative of q^eta is infinite at q = 0.
+        power = jnp.where(q > 0, jnp.where(q > 0, q, 1) ** eta, jnp.where(eta > 0, 0.0, 1.0))
+        std = end * safe_sqrt(1 - power**2)
+        return _Coefficients(t, alpha, sigma, alpha_next, end * power, weights, std)
 
-    return init, step, coefficients
+    return init, step, coefficients, kernel
 
 
-def _weights(schedule: Schedule, grid: Grid, order: int, of: str, variable: str) -> Array:
-    """``[num_steps, order - 1]``, integrals of the Lagrange polynomials of the past values."""
+class Nodes(NamedTuple):
+    """One quadrature per step, over half the log-SNR.
+
+    Attributes:
+        places: ``[num_steps + 1]``, the grid in the variable of the polynomials.
+        inside: ``[num_steps + 1]``, whether these are finite.
+        at: ``[num_steps, NUM_NODES]``, nodes between the ends of each step, in the same variable.
+        kernel: ``[num_steps, NUM_NODES]``, weights of the nodes times all but the prediction.
+    """
+
+    places: Array
+    inside: Array
+    at: Array
+    kernel: Array
+
+
+def _nodes(schedule: Schedule, grid: Grid, of: str, variable: str, eta: Any = 0) -> Nodes:
     inside, half = half_log_snr(grid)
     u, w = np.polynomial.legendre.leggauss(NUM_NODES)
     start, h = half[:-1, None], jnp.diff(half)[:, None]
-    between = start + h * (u + 1)[None] / 2  # [num_steps, NUM_NODES]
+    between = start + h * (u + 1)[None] / 2
     of_lambda = {
         "t": lambda a: schedule.t_from_log_snr(2 * a),
         "rho": lambda a: jnp.exp(-a),
         "lambda": lambda a: a,
     }[variable]
-    places = grid.t if variable == "t" else of_lambda(half)
-
-    num_steps = h.shape[0]
-    past = np.arange(num_steps)[:, None] - np.arange(order)[None]
-    known = jnp.cumprod(inside[np.maximum(past, 0)] & (past >= 0), axis=1) > 0
-    known = known & inside[1:, None]
-    knots = places[np.maximum(past, 0)]  # [num_steps, order]
-
-    last = grid.sigma[1:, None] * jnp.exp(between)
     if of == "eps":
         last = -grid.alpha[1:, None] * jnp.exp(-between)
-    kernel = last * h * (w / 2)[None]
-    at = of_lambda(between)
+    else:
+        last = (1 + eta) * grid.sigma[1:, None] * jnp.exp(between - eta * (start + h - between))
+    places = grid.t if variable == "t" else of_lambda(half)
+    return Nodes(places, inside, of_lambda(between), last * h * (w / 2)[None])
+
+
+def data_nodes(schedule: Schedule, grid: Grid) -> Nodes:
+    """Return the quadrature of ``sigma' int exp(lambda) x0_hat d lambda``."""
+    return _nodes(schedule, grid, "x0", "lambda")
+
+
+def past_weights(nodes: Nodes, order: int) -> Array:
+    """``[num_steps, order - 1]``: integrals of the Lagrange polynomials of the past values."""
+    steps = np.arange(nodes.at.shape[0])[:, None]
+    return lagrange_weights(nodes, steps - np.arange(order)[None])
+
+
+def lagrange_weights(nodes: Nodes, columns: np.ndarray) -> Array:
+    """Integrals over each step of the Lagrange polynomials of some points of the grid.
+
+    Args:
+        nodes: the quadrature.
+        columns: ``[num_steps, m]`` indices of grid points. A row ends with the first one that is
+            negative, or at infinite log-SNR; the polynomial goes through the points before it.
+
+    Returns:
+        ``[num_steps, m - 1]``, for all but the first column; zero where a row has ended. That of
+        the first is the integral of 1, less these.
+    """
+    index = np.maximum(columns, 0)
+    ends = nodes.inside[1:] & nodes.inside[:-1]
+    known = jnp.cumprod(nodes.inside[index] & (columns >= 0), axis=1) > 0
+    known = known & ends[:, None]
+    knots = nodes.places[index]
     found = []
-    for j in range(1, order):
-        product = kernel
-        for m in range(order):
+    for j in range(1, columns.shape[1]):
+        product = nodes.kernel
+        for m in range(columns.shape[1]):
             if m != j:
                 both = known[:, m] & known[:, j]
                 gap = jnp.where(both, knots[:, j] - knots[:, m], 1)
-                factor = (at - knots[:, m, None]) / gap[:, None]
+                factor = (nodes.at - knots[:, m, None]) / gap[:, None]
                 product = product * jnp.where(both[:, None], factor, 1)
         found.append(jnp.where(known[:, j], jnp.sum(product, axis=1), 0))
-    return jnp.stack(found, axis=1) if found else jnp.zeros((num_steps, 0), grid.t.dtype)
+    empty = jnp.zeros((columns.shape[0], 0), nodes.kernel.dtype)
+    return jnp.stack(found, axis=1) if found else empty
 
 
 def _solver(name: str, order: int, of: Any, variable: Any) -> Solver:
-    init, step, coefficients = _functions(order, of, variable)
+    init, step, coefficients, _ = _functions(order, of, variable, False)
     return Solver(name, init, step, coefficients, order=order)
+
+
+def _sde_solver(name: str, order: int, eta: Scalar) -> Solver:
+    check_range(name, "eta", eta, 0)
+    init, step, coefficients, kernel = _functions(order, "x0", "lambda", True)
+    return Solver(name, init, step, coefficients, _Eta(eta), kernel, order=2, stochastic=True)
 
 
 def deis(order: int = 3) -> Solver:
@@ -183,3 +270,31 @@ def dpmpp_3m() -> Solver:
         Lu et al. 2022, arXiv 2211.01095, section 4.
     """
     return _solver("dpmpp_3m", 3, "x0", "lambda")
+
+
+def dpmpp_2m_sde(eta: Scalar = 1.0) -> Solver:
+    """Return SDE-DPM-Solver++(2M): ``dpmpp_2m`` for the reverse SDE; one evaluation a step.
+
+    The prediction's straight line through its last two values is integrated exactly (k-diffusion's
+    solver type "heun").
+
+    Args:
+        eta: noise rate, 0 (deterministic) or more; 1 is that of the forward process, for which one
+            value would be DDPM's ancestral sampling; may be traced.
+
+    References:
+        Lu et al. 2022, arXiv 2211.01095, appendix on SDE solvers.
+    """
+    return _sde_solver("dpmpp_2m_sde", 2, eta)
+
+
+def dpmpp_3m_sde(eta: Scalar = 1.0) -> Solver:
+    """Return SDE-DPM-Solver++(3M), of k-diffusion: as ``dpmpp_2m_sde``, through three values.
+
+    More accurate than the two-step method; of order 3 for ``eta = 0`` only. The published code
+    takes half of the quadratic's second derivative, which loses that order.
+
+    Args:
+        eta: noise rate, 0 or more; may be traced.
+    """
+    return _sde_solver("dpmpp_3m_sde", 3, eta)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_solver import ALL, STOCHASTIC
 
 from lowdim_diffusion import sampling, schedules, sharding, solvers
 from lowdim_diffusion.distributions import MoLRG
@@ -14,16 +15,6 @@ from lowdim_diffusion.linalg import random_frames
 VE, VP = schedules.VE(), schedules.VPLinear()
 COSINE, FLOW = schedules.VPCosine(), schedules.RectifiedFlow()
 TS = np.asarray(schedules.karras_grid(6))
-ALL = {
-    "euler": solvers.euler(),
-    "ddim_half": solvers.ddim(0.5),
-    "ancestral": solvers.ancestral(),
-    "heun": solvers.heun(),
-    "heun_churn": solvers.heun(churn=4.0),
-    "dpmpp_2m": solvers.dpmpp_2m(),
-    "deis": solvers.deis(3),
-    "dpm_3": solvers.dpm_solver(3),
-}
 
 
 def for_solvers(*names):
@@ -61,7 +52,13 @@ def draw(key, *args, **kwargs):
 # ------------------------------------------------------------------ randomness and batches
 
 
-@for_solvers("heun_churn")
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(s, id=name) if name in ("heun_churn", "langevin") else slow(s, name)
+        for name, s in STOCHASTIC.items()
+    ],
+)
 def test_samples_do_not_depend_on_the_split(solver, key):
     whole = draw(key, solver=solver).x
     part = jax.jit(lambda index: sample(key, (2, 3), solver=solver, index=index).x)
@@ -142,11 +139,20 @@ def test_save_policies_agree(solver, key):
     np.testing.assert_allclose(denoised.trajectory, want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("save", ["final", 1000])
-def test_memory_does_not_grow_with_steps(save, key):
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [("heun", "final"), ("heun", 1000), ("unipc_3", "final")]
+    + [
+        pytest.param(name, "final", marks=pytest.mark.slow)
+        for name in ALL
+        if name not in ("heun", "unipc_3")
+    ],
+)
+def test_memory_does_not_grow_with_steps(name, save, key):
     def temporary_bytes(num_steps, save):
         ts = schedules.karras_grid(num_steps)
-        run = jax.jit(lambda key: sample(key, (16, 4096), ts=ts, save=save).x)
+        options = {"ts": ts, "save": save, "solver": ALL[name]}
+        run = jax.jit(lambda key: sample(key, (16, 4096), **options).x)
         return run.lower(key).compile().memory_analysis().temp_size_in_bytes
 
     one_state = 16 * 4096 * 4
@@ -154,18 +160,20 @@ def test_memory_does_not_grow_with_steps(save, key):
     assert many - few < one_state
 
 
+NFE = {"heun": 11, "heun_churn": 11, "dpm_3": 16, "rk4": 21, "sde_heun": 11, "langevin": 11}
+NFE |= {"midpoint": 11, "dpm_2": 11, "edict": 12}
+
+
 @pytest.mark.parametrize(
-    ("name", "ts", "nfe"),
+    "name",
     [
-        ("heun", TS, 11),
-        ("heun", TS[:-1], 9),
-        ("heun", TS[:-2], 8),
-        ("heun_churn", TS, 11),
-        ("dpmpp_2m", TS, 6),
-        ("ancestral", TS, 6),
+        name
+        if name in ("heun", "langevin", "edict")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALL
     ],
 )
-def test_nfe_is_the_number_of_calls(name, ts, nfe, key):
+def test_nfe_is_the_number_of_calls(name, key):
     calls = []
 
     def counting(x, t):
@@ -175,11 +183,11 @@ def test_nfe_is_the_number_of_calls(name, ts, nfe, key):
     def run(ts):
         return sample(key, denoise_fn=counting, ts=ts, solver=ALL[name])
 
-    cases = [(nfe, jax.jit(lambda: run(ts)))]
-    if name == "heun":
-        cases.append((2 * (len(ts) - 1), lambda: jax.jit(run)(ts)))
+    evals, traced = ALL[name].num_evals, name == "heun"
+    cases = [(NFE.get(name, 6), lambda: run(TS)), (4 * evals, lambda: run(TS[:-2]))]
+    cases += [(6 * evals, lambda: jax.jit(run)(TS))] if traced else []
     for expected, call in cases:
-        result = jax.block_until_ready(call())
+        result = jax.block_until_ready(call() if traced else jax.jit(call)())
         jax.effects_barrier()
         assert isinstance(result.nfe, int)
         assert result.nfe == len(calls) == expected
@@ -189,14 +197,12 @@ def test_nfe_is_the_number_of_calls(name, ts, nfe, key):
 # ------------------------------------------------------------------ tracing and transformations
 
 
+QUICK = ("ddim_half", "heun_churn", "dpmpp_2m", "deis_3", "dpm_3", "unipc_2", "bdia", "sde_heun")
+
+
 @pytest.mark.parametrize(
     "solver",
-    [
-        slow(solver, name)
-        if name in ("euler", "ancestral", "heun")
-        else pytest.param(solver, id=name)
-        for name, solver in ALL.items()
-    ],
+    [pytest.param(s, id=name) if name in QUICK else slow(s, name) for name, s in ALL.items()],
 )
 @pytest.mark.parametrize(
     "schedule",

@@ -5,8 +5,9 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from every_solver import ALL, STOCHASTIC
 
-from lowdim_diffusion import sampling, schedules, solvers
+from lowdim_diffusion import sampling, schedules
 from lowdim_diffusion.distributions import Empirical, Gaussian, MoLRG
 
 SCHEDULES = {
@@ -15,15 +16,7 @@ SCHEDULES = {
     "ve": schedules.VE(),
     "flow": schedules.RectifiedFlow(),
 }
-SOLVERS = {
-    "euler": solvers.euler(),
-    "ddim_half": solvers.ddim(0.5),
-    "ancestral": solvers.ancestral(),
-    "ancestral_large": solvers.ancestral(1.0),
-    "heun": solvers.heun(),
-    "heun_churn": solvers.heun(churn=20.0, churn_min=0.05, churn_max=50.0),
-    "dpmpp_2m": solvers.dpmpp_2m(),
-}
+SOLVERS = STOCHASTIC | {name: ALL[name] for name in ("euler", "heun", "dpmpp_2m", "unipc_3")}
 
 
 def make_gaussian():
@@ -45,6 +38,7 @@ BY_DEFAULT = {
     (make_molrg, "heun", "flow"),
     (make_molrg, "heun_churn", "ve"),
     (make_molrg, "dpmpp_2m", "vp"),
+    (make_molrg, "langevin", "flow"),
     (make_gaussian, "heun", "cosine"),
 }
 
@@ -83,7 +77,7 @@ def test_mixture_weights_survive(key):
     p, schedule = make_molrg(), schedules.VE()
     ts = schedules.karras_grid(40)
     run = lambda key: sampling.sample(
-        key, p.denoiser(schedule), schedule, ts, (4096, 6), solver=solvers.heun()
+        key, p.denoiser(schedule), schedule, ts, (4096, 6), solver=ALL["heun"]
     )
     x = jax.jit(run)(key).x
     shares = np.mean(np.asarray(p.posterior_weights(x, 1.0, 0.05)), axis=0)

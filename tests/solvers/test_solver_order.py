@@ -1,6 +1,8 @@
 """Order of convergence by slope, against closed forms and an independent Runge-Kutta reference."""
 
+import every_solver
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +16,33 @@ SCHEDULES = {
     "ve": schedules.VE(),
     "flow": schedules.RectifiedFlow(),
 }
-DETERMINISTIC = {"euler": solvers.euler(), "heun": solvers.heun(), "dpmpp_2m": solvers.dpmpp_2m()}
+DETERMINISTIC = every_solver.DETERMINISTIC | every_solver.REVERSIBLE
 MULTISTEP = {
     **{f"deis_{order}": solvers.deis(order) for order in (2, 3, 4)},
     **{f"adams_bashforth_{order}": solvers.adams_bashforth(order) for order in (2, 3)},
 }
+# Every solver on one schedule, and some on all of them; the rest is slow.
+ODE_CASES = [
+    pytest.param(
+        name,
+        schedule,
+        marks=()
+        if (name in ("euler", "heun", "dpmpp_2m") and schedule != "cosine") or schedule == "ve"
+        else pytest.mark.slow,
+    )
+    for name in DETERMINISTIC
+    for schedule in SCHEDULES
+]
+WEAK_CASES = [
+    pytest.param(
+        name,
+        schedule,
+        marks=() if name == "ancestral" or schedule == "vp" else pytest.mark.slow,
+    )
+    for name in every_solver.STOCHASTIC
+    if name != "langevin"  # its moves are not affine in x
+    for schedule in ("vp", "ve", "flow")
+]
 MEAN = np.array([0.5, -1.0, 0.2])
 VAR = np.array([1.0, 0.25, 0.01])
 
@@ -58,10 +82,7 @@ def last_slope(errors):
     return np.log2(errors[-2] / errors[-1])
 
 
-@pytest.mark.parametrize(
-    "schedule_name", ["vp", "ve", "flow", pytest.param("cosine", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("solver_name", DETERMINISTIC)
+@pytest.mark.parametrize(("solver_name", "schedule_name"), ODE_CASES)
 def test_ode_order_against_exact_gaussian_flow(solver_name, schedule_name, x64, key):
     schedule, solver = SCHEDULES[schedule_name], DETERMINISTIC[solver_name]
     x_T = schedule.sigma(grid(schedule_name, 1)[0]) * jax.random.normal(key, (64, 3))
@@ -73,9 +94,14 @@ def test_ode_order_against_exact_gaussian_flow(solver_name, schedule_name, x64, 
         errors.append(np.sqrt(np.mean((np.asarray(x) - exact) ** 2)))
     slope = last_slope(errors)
     print(f"{solver_name} {schedule_name} errors {errors} slope {slope:.3f}")
-    # Starting at or next to pure noise, order 2 has a logarithm on it and is reached slowly.
-    assert abs(slope - solver.order) < (0.1 if schedule_name in ("vp", "ve") else 0.25)
-    assert errors[-1] < (2e-2 if solver.order == 1 else 1e-3)
+    # Starting at or next to pure noise, order 2 has a logarithm on it and is reached slowly, and
+    # higher ones are not: the first step is Euler's.
+    if schedule_name in ("vp", "ve"):
+        better = 1 if solver_name == "midpoint" else 0  # than its order, on a Gaussian
+        assert solver.order - 0.15 < slope < solver.order + better + 0.15
+    else:
+        assert slope > min(solver.order, 2) - 0.3
+    assert errors[-1] < (4e-2 if solver.order == 1 else 1e-3)
 
 
 @pytest.mark.parametrize("schedule_name", ["vp", "cosine", "flow"])
@@ -90,27 +116,36 @@ def test_few_steps_from_almost_pure_noise(solver_name, schedule_name, x64, key):
     assert np.sqrt(np.mean((np.asarray(x) - exact) ** 2)) < 2e-2
 
 
-@pytest.mark.parametrize("schedule_name", ["vp", "ve", "flow"])
-@pytest.mark.parametrize(
-    "make", [solvers.ancestral, lambda: solvers.ddim(1.0), lambda: solvers.ddim(0.5)]
-)
-def test_weak_order_of_the_variance(make, schedule_name, x64):
-    """For Gaussian data the kernel is affine in x, so the law of the samples is known exactly."""
-    schedule, solver, var = SCHEDULES[schedule_name], make(), 0.25
+@pytest.mark.parametrize(("solver_name", "schedule_name"), WEAK_CASES)
+def test_weak_order_of_the_variance(solver_name, schedule_name, x64):
+    """For Gaussian data steps are affine in state and noise, so the samples' law is exact."""
+    schedule, solver, var = SCHEDULES[schedule_name], every_solver.STOCHASTIC[solver_name], 0.25
 
     def denoise_fn(x, t):
         a, s = schedule.alpha(t), schedule.sigma(t)
         return a * var / (a**2 * var + s**2) * x
 
+    flat, restore = jax.flatten_util.ravel_pytree(solver.init(jnp.zeros((1, 1))))
+    flatten = lambda state: jax.flatten_util.ravel_pytree(state)[0]
+
     def final_variance(ts):
         coefficients = solvers.plan(solver, schedule, ts).coefficients
 
-        def body(v, c):
-            kernel = solver.kernel(denoise_fn, solvers.State(jnp.ones((1, 1))), c)
-            return kernel.mean.x[0, 0] ** 2 * v + kernel.std**2, None
+        def body(covariance, c):
+            def step(state_and_noise):
+                state, noise = jnp.split(state_and_noise, [flat.size])
+                draw = lambda j: noise[j].reshape(1, 1)
+                return flatten(solver.step(denoise_fn, restore(state), c, draw).state)
 
-        start = float(schedule.alpha(ts[0]) ** 2 * var + schedule.sigma(ts[0]) ** 2)
-        return jax.jit(lambda: jax.lax.scan(body, start, coefficients)[0])()
+            by_state, by_noise = jnp.split(
+                jax.jacfwd(step)(jnp.zeros(flat.size + 2)), [flat.size], axis=1
+            )
+            return by_state @ covariance @ by_state.T + by_noise @ by_noise.T, None
+
+        first = jax.jacfwd(lambda x: flatten(solver.init(x)))(jnp.zeros((1, 1))).reshape(-1, 1)
+        start = schedule.alpha(ts[0]) ** 2 * var + schedule.sigma(ts[0]) ** 2
+        run = lambda: jax.lax.scan(body, start * first @ first.T, coefficients)[0][0, 0]
+        return jax.jit(run)()
 
     errors = []
     for num_steps in (128, 256):
@@ -118,8 +153,9 @@ def test_weak_order_of_the_variance(make, schedule_name, x64):
         exact = schedule.alpha(ts[-1]) ** 2 * var + schedule.sigma(ts[-1]) ** 2
         errors.append(abs(float(final_variance(ts) - exact)))
     slope = last_slope(errors)
-    print(f"{solver.name} {schedule_name} weak errors {errors} slope {slope:.3f}")
-    assert 0.85 < slope < 1.15
+    print(f"{solver_name} {schedule_name} weak errors {errors} slope {slope:.3f}")
+    assert abs(slope - solver.order) < 0.25
+    assert errors[-1] < (1e-2 if solver.order == 1 else 5e-4)
 
 
 @pytest.fixture(scope="module")
