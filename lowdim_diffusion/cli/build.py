@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lowdim_diffusion import data, losses, networks, schedules, solvers, training
+from lowdim_diffusion import data, guidance, losses, networks, schedules, solvers, training
 from lowdim_diffusion._types import Array, DenoiseFn, LossFn, Params, Schedule
 from lowdim_diffusion.cli.config import (
     DataConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "ema",
     "fixed",
     "grid",
+    "guided",
     "loss",
     "measured_std",
     "network",
@@ -276,6 +277,20 @@ def denoiser(model: Model, params: Params, cond: Array | None = None) -> Denoise
         parametrization=model.config.loss.parametrization,
         data_std=_known_std(model.config.loss),
         cond=cond,
+    )
+
+
+def guided(config: SampleConfig, model: Model, conditional_fn: Callable) -> Callable:
+    """Return ``(x_t, t, label) -> x0_hat`` with the guidance that a config asks for."""
+    if config.guidance is None:
+        return conditional_fn
+    interval = config.guidance_interval
+    return guidance.classifier_free_batched(
+        conditional_fn,
+        model.net.num_classes,
+        config.guidance,
+        schedule=model.schedule,
+        interval=None if interval is None else (interval[0], interval[1]),
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "check",
     "check_choices",
+    "check_guidance",
     "check_ranges",
     "flag",
     "option",
@@ -258,6 +259,10 @@ class SampleConfig:
     """heun: noise added back in, EDM's S_churn; unset adds none (deterministic)."""
     eta: float | None = option(ge=0, le=1, solver="ddim")
     """ddim: 0 (deterministic) to 1 (ancestral); unset takes 0."""
+    guidance: float | None = option(ge=0)
+    """Classifier-free guidance, for labels and loss.label_dropout; 1 is none, 0 ignores labels."""
+    guidance_interval: tuple[float, ...] | None = option(ge=0)
+    """Guide only between these two noise levels, LOW HIGH; unset guides at all."""
 
 
 @dataclass(frozen=True)
@@ -363,8 +368,25 @@ def check(config: RunConfig) -> None:
         )
     if config.loss.label_dropout and not config.model.conditional:
         raise ValueError("--loss.label-dropout hides labels, but --model.conditional is off")
+    check_guidance(config.sample, config.loss)
     if not config.out:
         raise ValueError("--out is empty; give a directory")
+
+
+def check_guidance(sample: SampleConfig, loss: LossConfig) -> None:
+    """Raise ``ValueError`` in one line if a run cannot be guided, or not in this way."""
+    interval = sample.guidance_interval
+    if sample.guidance is not None and not loss.label_dropout:
+        raise ValueError(
+            "guidance compares with and without the label, and the network learns the latter only "
+            "with --loss.label-dropout (0.1, say) in training"
+        )
+    if interval is not None and sample.guidance is None:
+        raise ValueError("the guidance interval needs guidance, 2 for instance")
+    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(
+            f"the guidance interval must be two noise levels, LOW HIGH, got {interval}"
+        )
 
 
 def check_ranges(config: Any) -> None:

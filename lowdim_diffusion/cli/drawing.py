@@ -43,7 +43,7 @@ def sampler(
 
         return sampling.sample_batched(
             key,
-            denoise_fn,
+            build.guided(config, model, denoise_fn),
             model.schedule,
             ts,
             (config.num_samples, *model.net.data_shape),

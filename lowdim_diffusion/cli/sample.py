@@ -11,6 +11,7 @@ from lowdim_diffusion.cli.config import (
     SampleConfig,
     Solver,
     check_choices,
+    check_guidance,
     option,
     settle,
 )
@@ -49,6 +50,10 @@ class SampleArguments:
     """ddim: 0 is deterministic, 1 ancestral."""
     label: int | None = option(ge=0)
     """Class to draw, for a run trained with --model.conditional; unset takes them in turn."""
+    guidance: float | None = option(ge=0)
+    """Classifier-free guidance, for a run trained with --loss.label-dropout; 1 is none."""
+    guidance_interval: tuple[float, ...] | None = option(ge=0)
+    """Guide only between these two noise levels, LOW HIGH."""
     average: bool = True
     """Sample with the moving average of the parameters; --no-average takes the last ones."""
     devices: int | None = option(ge=1)
@@ -58,7 +63,8 @@ class SampleArguments:
 _EXAMPLES = """\
 lowdim sample --run runs/digits
 lowdim sample --run runs/mnist --solver dpmpp-2m --steps 12 --out samples.npz
-lowdim sample --run runs/mnist --solver heun --churn 20 --seed 1"""
+lowdim sample --run runs/mnist --solver heun --churn 20 --seed 1
+lowdim sample --run runs/labels --guidance 2 --guidance-interval 0.2 5"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,6 +98,10 @@ def run(given: SampleArguments) -> int:
     loaded = load_run(given.run, given.checkpoint)
     model = loaded.model
     config = _settings(model.config.sample, given)
+    try:
+        check_guidance(config, model.config.loss)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     classes = model.net.num_classes
     if given.label is not None and given.label >= classes:
         have = f"has classes 0 to {classes - 1}" if classes else "was trained without labels"
@@ -105,6 +115,7 @@ def run(given: SampleArguments) -> int:
     spent = time.monotonic() - begin
     name = f"step{loaded.step}-{config.solver}-{config.num_steps}-seed{given.seed}"
     name += "" if given.label is None else f"-label{given.label}"
+    name += "" if config.guidance is None else f"-guidance{config.guidance:g}"
     stem = loaded.path / "samples" / name
     if given.out is not None:
         stem = pathlib.Path(given.out)
@@ -123,6 +134,7 @@ def run(given: SampleArguments) -> int:
 def _settings(own: SampleConfig, given: SampleArguments) -> SampleConfig:
     """Return the run's settings with what was given on top."""
     names = ("num_samples", "batch_size", "solver", "grid", "churn", "eta")
+    names += ("guidance", "guidance_interval")
     set_: dict[str, Any] = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
     if given.steps is not None:
         set_["num_steps"] = given.steps

@@ -141,6 +141,13 @@ def change(config, **sections):
     return dataclasses.replace(config, **new)
 
 
+LABELS, HIDDEN = dict(conditional=True), dict(label_dropout=0.1)
+
+
+def guide(*interval):
+    return dict(guidance=2.0, guidance_interval=interval)
+
+
 @pytest.mark.parametrize(
     "sections, words",
     [
@@ -153,6 +160,10 @@ def change(config, **sections):
         (dict(optim=dict(accumulate=3)), "128 does not divide into --optim.accumulate 3"),
         (dict(loss=dict(label_dropout=0.1)), "--model.conditional is off"),
         (dict(loss=dict(label_dropout=1.5)), "at least 0 and at most 1"),
+        (dict(sample=dict(guidance=2.0)), "--loss.label-dropout"),
+        (dict(sample=dict(guidance_interval=(0.2, 5.0))), "needs guidance"),
+        (dict(model=LABELS, loss=HIDDEN, sample=guide(5.0, 0.2)), "LOW HIGH, got (5.0, 0.2"),
+        (dict(model=LABELS, loss=HIDDEN, sample=guide(5.0)), "two noise levels"),
     ],
 )
 def test_values_out_of_range_and_contradictions(sections, words):

@@ -260,6 +260,32 @@ def test_samples_come_from_the_average_and_do_not_depend_on_batches(trained, tmp
     assert "only of 8, 16, 20" in capsys.readouterr().err
     assert main([*base, "--label", "1"]) == 2
     assert "trained without labels" in capsys.readouterr().err
+    assert main([*base, "--guidance", "2"]) == 2
+    assert "--loss.label-dropout" in capsys.readouterr().err
+
+
+def test_guidance_moves_samples_off_the_unconditional_ones(tmp_path, capsys):
+    """The samples of one Euler step are linear in the scale; outside the interval it is 1."""
+    labels = "--model.name mlp --model.width 16 --model.depth 1 --model.conditional".split()
+    edm = "--model.rank None --model.num-components None --loss.parametrization edm".split()
+    out = tmp_path / "r"
+    argv = [*labels, *edm, "--loss.label-dropout", "0.3", "--optim.lr", "0.02"]
+    assert train(out, *argv, "--train.steps", "60") == 0
+
+    def draw(*argv):
+        file = tmp_path / "x.npz"
+        base = ["sample", "--run", str(out), "--num-samples", "8", "--out", str(file)]
+        assert main([*base, "--solver", "euler", "--steps", "1", *argv]) == 0
+        return np.load(file)["x"]
+
+    plain, none, wide = draw(), draw("--guidance", "0"), draw("--guidance", "3")
+    assert np.abs(plain - none).max() > 1e-3
+    np.testing.assert_allclose(wide, none + 3 * (plain - none), atol=1e-5)
+    outside = draw("--guidance", "3", "--guidance-interval", "0.1", "5")
+    np.testing.assert_allclose(outside, plain, atol=1e-6)  # the one step starts at 80
+    capsys.readouterr()
+    assert main(["sample", "--run", str(out), "--guidance-interval", "0.1", "5"]) == 2
+    assert "needs guidance" in capsys.readouterr().err
 
 
 # ---- analysis -----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def distance(x):
     return float(0.5 * jnp.sum(jnp.abs(modes(x) - TILTED)))
 
 
-def draw_samples(value_fn, *, num=4000, steps=100, **options):
+def draw_samples(value_fn, *, num=3000, steps=100, **options):
     solver = guidance.svdd(solvers.ancestral(), value_fn, **options)
     ts = schedules.log_snr_grid(VP, steps)
     denoise_fn = BASE.denoiser(VP)
@@ -113,10 +113,10 @@ def test_proposals_against_bias():
     def run(fn, m, tau=TEMPERATURE):
         return jax.jit(lambda: draw_samples(fn, num_proposals=m, temperature=tau).x)()
 
-    exact = [distance(run(exact_value, m)) for m in (2, 5, 20, 50)]
+    exact = [distance(run(exact_value, m)) for m in (2, 10, 50)]
     assert exact == sorted(exact, reverse=True) and exact[0] > 0.08 and exact[-1] <= 0.02
-    assert 0.04 < distance(run(MEAN_VALUE, 50)) < 0.08
-    greedy = run(exact_value, 20, 0.0)
+    assert 0.04 < distance(run(MEAN_VALUE, 10)) < 0.08
+    greedy = run(exact_value, 10, 0.0)
     assert float(jnp.max(modes(greedy))) > 0.99 and float(jnp.mean(greedy[:, 0])) > 3
 
 
