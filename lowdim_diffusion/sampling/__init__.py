@@ -13,7 +13,18 @@ Nothing is jitted here. Compile once at the outside::
     draw = jax.jit(lambda key: sample(key, denoise_fn, schedule, ts, (64, 48), solver=heun()).x)
 """
 
+from lowdim_diffusion.sampling.adaptive import AdaptiveResult, sample_adaptive
+from lowdim_diffusion.sampling.adjoint import sample_adjoint
 from lowdim_diffusion.sampling.driver import SampleResult, initial_noise, sample, sample_batched
 from lowdim_diffusion.sampling.inversion import invert
 
-__all__ = ["SampleResult", "initial_noise", "invert", "sample", "sample_batched"]
+__all__ = [
+    "AdaptiveResult",
+    "SampleResult",
+    "initial_noise",
+    "invert",
+    "sample",
+    "sample_adaptive",
+    "sample_adjoint",
+    "sample_batched",
+]

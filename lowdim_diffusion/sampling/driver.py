@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
-from lowdim_diffusion.sampling._common import cast
+from lowdim_diffusion.sampling._common import cast, scan
 from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
 from lowdim_diffusion.solvers import CorrectFn, Solver, State, ends_clean, plan
 from lowdim_diffusion.solvers._base import check_grid, floating
@@ -81,6 +81,7 @@ def sample(
     correct: CorrectFn | None = None,
     correct_carry: Any = None,
     index: Int[Array, " b"] | None = None,
+    remat: bool | int = False,
 ) -> SampleResult:
     """Return samples drawn by running ``solver`` along ``ts`` from noise to data.
 
@@ -103,6 +104,11 @@ def sample(
             hook changes it.
         correct_carry: the hook's initial carry, a pytree of arrays of fixed shapes.
         index: global indices ``[b]`` of the examples; default ``arange(b)``.
+        remat: what a gradient through the run keeps. False: all that the denoiser computes, at
+            every step. True: the states only; every step is computed again. An integer k: every
+            k-th state; every step is computed twice again, and the memory is least for k near
+            ``sqrt(num_steps)``. Without a gradient it changes nothing. For memory that does not
+            grow at all see :func:`sample_adjoint`.
 
     Returns:
         A :class:`SampleResult`. ``nfe`` counts the calls of the denoiser. Heun's step to the clean
@@ -126,8 +132,10 @@ def sample(
     ts = check_grid("sample", schedule, ts)
     _warn_if_stiff(denoise_fn, np.shape(ts)[0] - 1)
     _check_save(save)
+    if not isinstance(remat, bool):
+        check_int("sample", "remat", remat, fix="an integer k keeps every k-th state")
     given = shape_or_x_T if isinstance(shape_or_x_T, State) else None
-    shape, x = _start(shape_or_x_T if given is None else given.x)
+    shape, x = start_of(shape_or_x_T if given is None else given.x)
     index = _indices(index, shape[0])
     if x is None:
         x = initial_noise(key, schedule, jnp.asarray(ts)[0], shape, index=index)
@@ -155,7 +163,7 @@ def sample(
     inputs = (jnp.arange(num_steps), run.coefficients)
     short_end = _has_short_end(solver, schedule, ts)  # not a step for a body of several stages
     scanned = jax.tree.map(lambda a: a[: num_steps - short_end], inputs)
-    loop, states = jax.lax.scan(lambda loop, xs: step(loop, xs[0], xs[1], False), loop, scanned)
+    loop, states = scan(lambda loop, xs: step(loop, xs[0], xs[1], False), loop, scanned, remat)
     if short_end:
         i, c = jax.tree.map(lambda a: a[-1], inputs)
         loop, state = step(loop, i, c, True)
@@ -222,7 +230,7 @@ def sample_batched(
     """
     check_int("sample_batched", "batch_size", batch_size)
     ts = check_grid("sample_batched", schedule, ts)
-    shape, x_T = _start(shape_or_x_T)
+    shape, x_T = start_of(shape_or_x_T)
     num_samples = shape[0]
     num_devices = 1 if mesh is None else mesh.size
     check_batch(batch_size, num_devices)
@@ -314,7 +322,7 @@ def _indices(index: Array | None, batch: int) -> Array:
     return index
 
 
-def _start(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:
+def start_of(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:
     """The shape, and x_T in float32 or better if it was given."""
     if isinstance(shape_or_x_T, tuple | list):
         shape = tuple(shape_or_x_T)

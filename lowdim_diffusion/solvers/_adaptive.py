@@ -36,7 +36,7 @@ def integrate(
         diffrax.Tsit5(),
         first,
         last,
-        dt0=(last - first) / 100,
+        dt0=None,
         y0=start,
         stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
         max_steps=MAX_STEPS,
