@@ -62,12 +62,12 @@ def temporary_bytes(num_steps, way):
     """Of one gradient with respect to the parameters of an MLP, as XLA plans it."""
     ts = np.geomspace(80.0, 0.01, num_steps + 1)
     x_T = jnp.ones((BATCH, DIM))
-    solver = solvers.euler()
+    solver = solvers.bdia() if way == "bdia" else solvers.euler()
 
     def loss(params):
         first, last = params
         denoise_fn = lambda x, t: jnp.tanh(jnp.tanh(x @ first / (1 + t)) @ last @ first) @ last
-        if way == "adjoint":
+        if way in ("adjoint", "bdia"):
             return jnp.sum(sampling.sample_adjoint(denoise_fn, VE, ts, x_T, solver=solver))
         run = functools.partial(sampling.sample, jax.random.key(0), denoise_fn, VE, ts, x_T)
         return jnp.sum(run(solver=solver, remat=way).x)
@@ -83,12 +83,13 @@ def test_memory_of_a_gradient():
         way: (temporary_bytes(100, way) - temporary_bytes(25, way)) / state
         for way in (False, True, "adjoint")
     }
+    growth["bdia"] = (temporary_bytes(100, "bdia") - temporary_bytes(25, "bdia")) / state
     growth["every 10th"] = (temporary_bytes(100, 10) - temporary_bytes(25, 5)) / state
     print("growth of memory from 25 to 100 steps, in states:", growth)
     assert growth[False] > 75 * 2 * WIDTH / DIM  # two hidden layers at every step
     assert 74 < growth[True] < 160
     assert growth["every 10th"] < 25
-    assert growth["adjoint"] < 2
+    assert growth["adjoint"] < 2 and growth["bdia"] < 2
 
 
 # ------------------------------------------------------------------ the adjoint equation
@@ -149,6 +150,36 @@ def test_adjoint_of_a_mixture_is_the_gradient_of_the_scan(schedule, end, x64):
     np.testing.assert_allclose(by_x, want_x, atol=2e-4 * scale)
     for found, expected in zip(jax.tree.leaves(by_p), jax.tree.leaves(want_p), strict=True):
         np.testing.assert_allclose(found, expected, atol=3e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        pytest.param(solvers.bdia(), id="bdia"),
+        pytest.param(solvers.edict(), id="edict", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_reversible_solvers_are_those_of_the_run(solver, x64):
+    """However coarse the grid."""
+    p = mixture()
+    ts = schedules.times_from_sigmas(VP, np.append(np.geomspace(50.0, 0.1, 8), 0.0))
+    x_T = jax.random.normal(jax.random.key(1), (3, 8))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def gradient(x_T, p, adjoint):
+        def loss(x_T, p):
+            if adjoint:
+                x = sampling.sample_adjoint(p.denoiser(VP), VP, ts, x_T, solver=solver)
+            else:
+                key = jax.random.key(0)
+                x = sampling.sample(key, p.denoiser(VP), VP, ts, x_T, solver=solver).x
+            return jnp.sum((x - 1) ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(x_T, p)
+
+    found, want = (jax.tree.leaves(gradient(x_T, p, adjoint)) for adjoint in (True, False))
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9 * np.abs(b).max())
 
 
 def test_adjoint_with_labels_a_traced_grid_and_vmap(x64):
