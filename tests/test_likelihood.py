@@ -125,7 +125,7 @@ def test_hutchinson_is_unbiased_and_its_error_is_stated(g8, probe, x64):
     assert low < np.mean(found.stderr) < high
 
 
-def test_signs_are_exact_on_a_diagonal_jacobian_whatever_the_split(key):
+def test_signs_are_exact_on_a_diagonal_jacobian_and_probes_belong_to_examples(key):
     white = lambda x, t: x / (1 + t**2)
     x = jax.random.normal(key, (6, 2, 2, 1))
     fn = jax.jit(
@@ -140,11 +140,13 @@ def test_signs_are_exact_on_a_diagonal_jacobian_whatever_the_split(key):
     want = -0.5 * jnp.sum(x**2, axis=(1, 2, 3)) - 2 * math.log(2 * math.pi)
     np.testing.assert_allclose(whole, want, atol=2e-3)
     whole = fn(x, jnp.arange(6), probe="normal")
-    parts = [fn(x[i : i + 3], jnp.arange(i, i + 3), probe="normal") for i in (0, 3)]
-    np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-5)
+    part = functools.partial(fn, probe="normal")
+    parts = jax.pmap(part)(x.reshape(2, 3, 2, 2, 1), jnp.arange(6).reshape(2, 3))
+    np.testing.assert_allclose(whole, parts.reshape(6), rtol=1e-5)
     assert np.std(whole - want) > 0.1
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_score(g8, x64):
     p, y = g8
     y = y[:4] + 0.2 * jax.random.normal(jax.random.key(5), (4, 8))
@@ -161,14 +163,14 @@ def test_the_gradient_is_the_score(g8, x64):
 def test_elbo_of_the_exact_denoiser_is_the_density(g8, x64):
     p, y = g8
     y = y[:16]
-    options = {"num_levels": 200, "num_paths": 64, "prior": p.log_prob}
+    options = {"num_levels": 200, "num_paths": 32, "prior": p.log_prob}
     found, _ = run(p, y, fn=likelihood.elbo, **options)
     z = (found.log_prob - p.log_prob(y, 1.0, 1e-3)) / found.stderr
     print(f"standard error {np.mean(found.stderr):.3f}, z {np.mean(z):.2f} +- {np.std(z):.2f}")
     assert np.abs(z).max() < 4 and np.std(z) < 1.7
     assert abs(np.mean(z)) < 4 / math.sqrt(16)
-    assert np.mean(found.stderr) < 0.4
-    assert found.nfe == 200 * 64 + 1 and found.x_T is None
+    assert np.mean(found.stderr) < 0.5
+    assert found.nfe == 200 * 32 + 1 and found.x_T is None
 
 
 def test_elbo_of_a_wrong_denoiser_lies_below(g8, x64):
@@ -212,8 +214,7 @@ def test_the_noise_slope_counts_dimensions(key, x64):
     slopes = [float(fn(jnp.array(sigmas[i : i + 2])).slope) for i in range(4)]
     print("slopes", np.round(slopes, 4))
     np.testing.assert_allclose(slopes, [-5.989, -5.999, -6.000, -6.000], atol=6e-3)
-    found = likelihood.noise_slope(jax.random.key(2), density, x_0, jnp.array(sigmas[2:]))
-    np.testing.assert_allclose(found.dimension, 2, atol=1e-3)
+    np.testing.assert_allclose(fn(jnp.array([1e-4, 1e-3])).dimension, 2, atol=1e-3)
 
 
 @pytest.mark.slow
