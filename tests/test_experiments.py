@@ -277,3 +277,18 @@ def test_hallucinations_are_filtered_as_published():
     assert run.sigmas[-7] < 0.2 and safety.auroc(score(6), run.hallucinated) > 0.97
     assert max(removed(5), removed(6), removed(7)) >= 0.9  # a score of cases: 5 % is one of them
     assert removed(25) < 0.5
+
+
+@pytest.mark.slow
+def test_inverse_problems_write_their_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.inverse_problems", "--preset", "smoke"]
+    command += ["--part", "posterior", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "posterior.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 * 6 and (tmp_path / "report.html").exists()
+    distance = {(r["method"], r["operator"]): float(r["distance"]) for r in rows}
+    for operator in {r["operator"] for r in rows}:
+        best, worst = distance["MMPS", operator], distance["no guidance", operator]
+        assert best < 0.5 * worst

@@ -127,7 +127,7 @@ def _resample_step(
     carry: Any = None,
     clean: bool = False,
 ) -> StepResult:
-    x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma)
+    x0_hat, eps, _ = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma)
     moved = x0_hat
     if correct is not None:
         moved, eps, carry = correct(x0_hat, eps, jnp.asarray(c.t, x0_hat.dtype), carry)

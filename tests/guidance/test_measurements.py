@@ -1,5 +1,7 @@
 """Measurement guidance: one step against dense formulas, whole runs against the exact posterior."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,7 @@ def test_replacement_renews_what_is_measured(x64):
 
 
 class G64:
-    """Three subspaces of rank 4 in 64 dimensions; 32 noiseless measurements of 64 examples."""
+    """Three subspaces of rank 4 in 64 dimensions; of each example 32 noiseless measurements."""
 
     def __init__(self, rows=32, num=64):
         frame_key, x_key, a_key = jax.random.split(jax.random.key(0), 3)
@@ -141,52 +143,61 @@ class G64:
         bases = linalg.random_frames(frame_key, 3, 64, 4)
         self.p = distributions.MoLRG(bases, scales=scales, noise_std=1e-3)
         self.x0 = self.p.sample(x_key, num)[0]
-        a = jax.random.normal(a_key, (rows, 64)) / rows**0.5
-        self.op = guidance.matrix(a)
-        self.y = self.op.apply(self.x0)
+        self.a = jax.random.normal(a_key, (num, rows, 64)) / rows**0.5
         self.denoise_fn = self.p.denoiser(VP)
-        self.oracle = self.error(distributions.condition(self.p, a, self.y).mean())
+
+    @property
+    def oracle(self):
+        mean = lambda a, x: distributions.condition(self.p, a, (a @ x)[None]).mean()[0]
+        return self.error(jax.jit(jax.vmap(mean))(self.a, self.x0))
 
     def error(self, x):
         return float(jnp.linalg.norm(x - self.x0) / jnp.linalg.norm(self.x0))
 
-    def run(self, steps, hook=None, *, denoise_fn=None, solver=None, carry=None, grid=None):
-        draw = lambda key: sampling.sample(
-            key,
-            denoise_fn or self.denoise_fn,
-            VP,
-            (grid or schedules.uniform_grid)(VP, steps),
-            self.x0.shape,
-            solver=solver or solvers.ddim(),
-            correct=hook,
-            correct_carry=carry,
-        )
-        return self.error(jax.jit(draw)(jax.random.key(1)).x)
+    def run(self, steps, method, *, solver=None, grid=schedules.uniform_grid, wrapped=False):
+        """Error when each example is sampled with the hook ``method(operator, y)``."""
+        ts = grid(VP, steps)
+
+        def one(key, a, x0):
+            op = guidance.matrix(a)
+            hook, carry = method(op, op.apply(x0[None])), jax.random.split(key, 1)
+            denoise_fn = self.denoise_fn
+            if wrapped:
+                denoise_fn = lambda x, t: hook(self.denoise_fn(x, t), x, t, None)[0]
+            return sampling.sample(
+                key,
+                denoise_fn,
+                VP,
+                ts,
+                (1, 64),
+                solver=solver or solvers.ddim(),
+                correct=None if wrapped else hook,
+                correct_carry=carry,
+            ).x[0]
+
+        keys = jax.random.split(jax.random.key(1), len(self.x0))
+        return self.error(jax.jit(jax.vmap(one))(keys, self.a, self.x0))
 
 
 def test_dds_reaches_the_oracle_as_a_hook_only():
     """Written as a denoiser it makes the solver recompute eps: .218 published in place of .0045."""
-    g = G64()
-    hook = guidance.dds(g.op, g.y)
+    g, grid = G64(), schedules.log_snr_grid
     assert 1.5e-3 < g.oracle < 3.5e-3
-    assert g.oracle < g.run(100, hook, grid=schedules.log_snr_grid) < 1.5 * g.oracle
-    moved = lambda x, t: hook(g.denoise_fn(x, t), x, t, None)[0]
-    assert g.run(100, denoise_fn=moved, grid=schedules.log_snr_grid) > 0.1
+    assert g.oracle < g.run(100, guidance.dds, grid=grid) < 1.5 * g.oracle
+    assert g.run(100, guidance.dds, grid=grid, wrapped=True) > 0.1
 
 
 @pytest.mark.slow
-def test_dds_converges_to_the_oracle_and_noise_slows_it():
+def test_dds_has_the_published_errors():
     """Published: 9.7e-2, 1.8e-2, 4.8e-3, 2.5e-3 at T = 20, 50, 100, 300; 4.0e-2 with eta .85."""
     g = G64(num=256)
-    hook = guidance.dds(g.op, g.y)
-    found = [g.run(steps, hook) for steps in (20, 50, 100, 300)]
-    assert all(
-        0.6 < f / p < 1.6 for f, p in zip(found, (9.7e-2, 1.8e-2, 4.8e-3, 2.5e-3), strict=True)
-    )
-    assert found[-1] < 1.2 * g.oracle
-    assert g.run(100, hook, solver=solvers.ddim(0.85)) > 2 * found[2]
+    found = [g.run(steps, guidance.dds) for steps in (20, 50, 100, 300)]
+    published = (9.7e-2, 1.8e-2, 4.8e-3, 2.5e-3)
+    assert all(0.6 < f / p < 1.6 for f, p in zip(found, published, strict=True))
+    assert found[2] < 1e-2 and g.oracle < found[3] < 1.2 * g.oracle
+    assert g.run(100, guidance.dds, solver=solvers.ddim(0.85)) > 2 * found[2]
     few = G64(rows=16, num=256)
-    found = [few.run(steps, guidance.dds(few.op, few.y)) for steps in (20, 50, 100)]
+    found = [few.run(steps, guidance.dds) for steps in (20, 50, 100)]
     assert all(0.6 < f / p < 1.6 for f, p in zip(found, (0.57, 0.22, 0.05), strict=True))
 
 
@@ -194,12 +205,10 @@ def test_dds_converges_to_the_oracle_and_noise_slows_it():
 def test_resample_works_but_dds_is_better():
     """Published: .074 and .031 at T = 100 and 300; DDS .006 and .0025."""
     g = G64(num=256)
-    found = [
-        g.run(steps, guidance.ddnm(VP, g.op, g.y), solver=guidance.resample())
-        for steps in (100, 300)
-    ]
+    solver, project = guidance.resample(), functools.partial(guidance.ddnm, VP)
+    found = [g.run(steps, project, solver=solver) for steps in (100, 300)]
     assert all(0.5 < f / p < 1.5 for f, p in zip(found, (0.074, 0.031), strict=True))
-    assert found[0] > 3 * g.run(100, guidance.dds(g.op, g.y))
+    assert found[0] > 3 * g.run(100, guidance.dds)
 
 
 @pytest.mark.slow
@@ -207,17 +216,12 @@ def test_replacement_improves_with_repeats():
     """Published for 32 of 64 entries in 50 steps: .152; .041 with 10 repeats; exact .0024."""
     g = G64(num=256)
     mask = np.random.default_rng(0).permutation(64) < 32
-    op = guidance.inpainting(mask)
-    y = op.apply(g.x0)
-    keys = sharding.example_keys(jax.random.key(5), jnp.arange(256))
-    hook = guidance.replacement(VP, op, y)
+    g.a = jnp.broadcast_to(guidance.inpainting(mask).matrix(), (256, 32, 64))
+    replace = functools.partial(guidance.replacement, VP)
     solver = solvers.ancestral()
-    found = [
-        g.run(50, hook, solver=guidance.repeated(solver, r), carry=keys) for r in (1, 2, 5, 10)
-    ]
+    found = [g.run(50, replace, solver=guidance.repeated(solver, r)) for r in (1, 2, 5, 10)]
     assert found[0] > found[1] > found[2] > 0.9 * found[3] and 0.1 < found[0] < 0.2
-    oracle = g.error(distributions.condition(g.p, op.matrix(), y).mean())
-    assert oracle < found[3] < 0.06
+    assert g.oracle < found[3] < 0.06
 
 
 def test_repeated_counts_its_evaluations_and_refuses_memory():
