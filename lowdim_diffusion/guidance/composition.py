@@ -50,7 +50,7 @@ def compose(
         [[1.0, -2.0]]
 
     References:
-        Liu et al. 2022, arXiv 2206.01714, eqs. (11) and (13).
+        Liu et al. 2022, arXiv 2206.01714, section 3.
     """
     cond_fns = tuple(cond_fns)
     weights = (1.0,) * len(cond_fns) if weights is None else tuple(weights)

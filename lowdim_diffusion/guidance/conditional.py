@@ -64,8 +64,8 @@ def classifier_free(
 
     References:
         Ho & Salimans 2022, arXiv 2207.12598, eq. (6), where w is ours minus 1; Kynkaanniemi et al.
-        2024, arXiv 2404.07724, eq. (5) (interval); Lin et al. 2023, arXiv 2305.08891, eqs.
-        (14)-(16) (rescale, here of the clean example).
+        2024, arXiv 2404.07724 (interval); Lin et al. 2023, arXiv 2305.08891, section 3.4 (rescale,
+        here of the clean example).
     """
     where = "classifier_free"
     guide = _guide(where, scale, schedule, interval, rescale)
@@ -118,6 +118,8 @@ def classifier_free_batched(
 
     def denoise_fn(x_t: Array, t: Any, cond: PyTree) -> Array:
         cond = jax.tree.map(jnp.asarray, cond)
+        if not jax.tree.leaves(cond):
+            raise fail(where, "nothing to guide by", "cond with labels or other arrays", cond)
         for leaf in jax.tree.leaves(cond):
             check_shape(where, "cond", leaf, (x_t.shape[0], *leaf.shape[1:]))
 
@@ -125,6 +127,7 @@ def classifier_free_batched(
             return jnp.concatenate([a, a])
 
         def with_null(c: Array, n: Any) -> Array:
+            check_shape(where, "null", n, c.shape[1:], "give the condition of one example")
             return jnp.concatenate([c, jnp.broadcast_to(jnp.asarray(n, c.dtype), c.shape)])
 
         def both(x: Array, t: Any) -> tuple[Array, Array]:
@@ -155,7 +158,7 @@ def autoguidance(
         interval: ``(low, high)``, as for :func:`classifier_free`.
 
     References:
-        Karras et al. 2024, arXiv 2406.02507, eq. (2).
+        Karras et al. 2024, arXiv 2406.02507.
     """
     where = "autoguidance"
     guide = _guide(where, scale, schedule, interval, 0.0)

@@ -117,7 +117,7 @@ def reward(
         [[1.0, 0.0]]
 
     References:
-        Guo et al. 2024, arXiv 2404.14743, eq. (7) (look-ahead, there for a square loss); Chung et
+        Guo et al. 2024, arXiv 2404.14743 (look-ahead, there for a square loss); Chung et
         al. 2023, arXiv 2209.14687 (the posterior mean in place of the example).
     """
     check_choice("reward", "rule", rule, RULES)

@@ -113,6 +113,11 @@ def test_batched_equals_two_calls(key):
         two = guidance.classifier_free(cond, uncond, 2.0, **options)
         for t in (1.0, 4.0, jnp.linspace(0.1, 3, 5)):
             np.testing.assert_allclose(batched(x, t, labels), two(x, t), rtol=1e-6)
+    tree = lambda label, shift: {"label": label, "shift": shift}
+    moved = lambda x, t, c: fn(x, t, c["label"]) + c["shift"]
+    same = guidance.classifier_free_batched(moved, tree(2, jnp.zeros(3)), 2.0)
+    cond = tree(labels, jnp.ones((5, 3)))
+    np.testing.assert_allclose(same(x, 1.0, cond), two(x, 1.0) + 2, rtol=1e-5, atol=1e-6)
     run = dict(solver=solvers.euler(), shape_or_x_T=(5, 3), schedule=VE, ts=[2.0, 1.0, 0.0])
     blocks = sampling.sample_batched(key, batched, **run, batch_size=2, cond=labels)
     np.testing.assert_allclose(blocks.x, sampling.sample(key, two, **run).x, rtol=1e-5, atol=1e-6)
@@ -141,5 +146,10 @@ def test_bad_input(x, unchecked):
         guidance.classifier_free(lambda x, t: x[:, :1], d, 2.0)(x, 1.0)
     with pytest.raises(ValueError, match=r"expected \(\) or \(6,\)"):
         guidance.classifier_free(d, d, jnp.ones(4))(x, 1.0)
-    with pytest.raises(ValueError, match="cond"):
-        guidance.classifier_free_batched(lambda x, t, c: x, 4, 2.0)(x, 1.0, jnp.ones(3, int))
+    for null, cond, message in (
+        (4, jnp.ones(3, int), "shape of cond"),
+        (4, None, "nothing to guide by"),
+        (jnp.ones(2, int), jnp.ones(6, int), "shape of null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guidance.classifier_free_batched(lambda x, t, c: x, null, 2.0)(x, 1.0, cond)

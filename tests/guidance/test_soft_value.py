@@ -48,7 +48,7 @@ def distance(x):
     return float(0.5 * jnp.sum(jnp.abs(modes(x) - TILTED)))
 
 
-def draw_samples(value_fn, *, num=3000, steps=100, **options):
+def draw_samples(value_fn, *, num=2000, steps=100, **options):
     solver = guidance.svdd(solvers.ancestral(), value_fn, **options)
     ts = schedules.log_snr_grid(VP, steps)
     denoise_fn = BASE.denoiser(VP)
