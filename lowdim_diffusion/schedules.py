@@ -36,6 +36,7 @@ __all__ = [
     "karras_grid",
     "log_snr_grid",
     "noise_levels",
+    "quadratic_grid",
     "rates",
     "times_from_sigmas",
     "uniform_grid",
@@ -484,3 +485,17 @@ def uniform_grid(
     low, high = _ends(schedule, t_min, t_max)
     ts = jnp.linspace(_real(high), _real(low), num_steps)
     return jnp.concatenate([ts, jnp.zeros(1, ts.dtype)])
+
+
+def quadratic_grid(
+    schedule: Schedule, num_steps: int, *, t_min: Any = None, t_max: Any = None
+) -> Float[Array, " {num_steps}+1"]:
+    """Return ``num_steps + 1`` times, evenly spaced in sqrt(t) from ``t_max`` to ``t_min``, then 0.
+
+    References:
+        Song, Meng, Ermon 2021, arXiv 2010.02502, appendix D.2; Zhang & Chen 2023, arXiv 2204.13902.
+    """
+    check_int("quadratic_grid", "num_steps", num_steps)
+    low, high = _ends(schedule, t_min, t_max)
+    ts = jnp.linspace(jnp.sqrt(_real(high)), jnp.sqrt(_real(low)), num_steps) ** 2
+    return jnp.concatenate([_real(high)[None].astype(ts.dtype), ts[1:], jnp.zeros(1, ts.dtype)])

@@ -235,25 +235,38 @@ def ema(config: TrainConfig) -> Any:
 
 def solver(config: SampleConfig) -> solvers.Solver:
     """Return the sampler."""
+    eta = 1.0 if config.eta is None else config.eta
     return {
         "heun": lambda: solvers.heun(config.churn or 0.0),
         "euler": solvers.euler,
         "ddim": lambda: solvers.ddim(config.eta or 0.0),
+        "midpoint": solvers.midpoint,
+        "rk4": solvers.rk4,
         "dpm-2": lambda: solvers.dpm_solver(2),
         "dpm-3": lambda: solvers.dpm_solver(3),
         "dpmpp-2m": solvers.dpmpp_2m,
         "dpmpp-3m": solvers.dpmpp_3m,
+        "dpmpp-2m-sde": lambda: solvers.dpmpp_2m_sde(eta),
+        "dpmpp-3m-sde": lambda: solvers.dpmpp_3m_sde(eta),
         "deis": solvers.deis,
+        "unipc": solvers.unipc,
+        "ghvb": solvers.ghvb,
         "ancestral": solvers.ancestral,
+        "euler-maruyama": lambda: solvers.euler_maruyama(eta),
+        "sde-heun": lambda: solvers.sde_heun(eta),
+        "langevin": lambda: solvers.predictor_corrector(solvers.ancestral()),
     }[config.solver]()
 
 
 def grid(config: SampleConfig, schedule: Schedule) -> Array:
     """Return the times that sampling visits, noise to data."""
-    if config.grid == "log-snr":
-        return schedules.log_snr_grid(schedule, config.num_steps)
-    if config.grid == "uniform":
-        return schedules.uniform_grid(schedule, config.num_steps)
+    in_time = {
+        "log-snr": schedules.log_snr_grid,
+        "quadratic": schedules.quadratic_grid,
+        "uniform": schedules.uniform_grid,
+    }
+    if config.grid in in_time:
+        return in_time[config.grid](schedule, config.num_steps)
     low = float(schedules.noise_levels(schedule, schedule.t_min))
     high = float(schedules.noise_levels(schedule, schedule.t_max))
     for name, level in (("min", config.sigma_min), ("max", config.sigma_max)):

@@ -36,9 +36,27 @@ __all__ = [
 Network = Literal["unet", "mlp", "dit", "lowrank", "linear"]
 Schedule = Literal["ve", "vp-linear", "vp-cosine", "rectified-flow"]
 Solver = Literal[
-    "heun", "euler", "ddim", "dpm-2", "dpm-3", "dpmpp-2m", "dpmpp-3m", "deis", "ancestral"
+    "heun",
+    "euler",
+    "ddim",
+    "midpoint",
+    "rk4",
+    "dpm-2",
+    "dpm-3",
+    "dpmpp-2m",
+    "dpmpp-3m",
+    "dpmpp-2m-sde",
+    "dpmpp-3m-sde",
+    "deis",
+    "unipc",
+    "ghvb",
+    "ancestral",
+    "euler-maruyama",
+    "sde-heun",
+    "langevin",
 ]
-Grid = Literal["karras", "log-snr", "uniform"]
+Grid = Literal["karras", "log-snr", "quadratic", "uniform"]
+SDES = "dpmpp-2m-sde dpmpp-3m-sde euler-maruyama sde-heun"
 
 
 def option(
@@ -257,8 +275,9 @@ class SampleConfig:
     """karras: 1 is uniform, larger puts more steps at low noise; unset takes 7."""
     churn: float | None = option(ge=0, solver="heun")
     """heun: noise added back in, EDM's S_churn; unset adds none (deterministic)."""
-    eta: float | None = option(ge=0, le=1, solver="ddim")
-    """ddim: 0 (deterministic) to 1 (ancestral); unset takes 0."""
+    eta: float | None = option(ge=0, le=1, solver=f"ddim {SDES}")
+    """ddim: 0 (deterministic) to 1 (ancestral); unset takes 0. Solvers of SDEs: noise rate; unset
+    takes 1."""
     guidance: float | None = option(ge=0)
     """Classifier-free guidance, for labels and loss.label_dropout; 1 is none, 0 ignores labels."""
     guidance_interval: tuple[float, ...] | None = option(ge=0)

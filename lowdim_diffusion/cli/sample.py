@@ -47,7 +47,7 @@ class SampleArguments:
     churn: float | None = option(ge=0)
     """heun: noise added back in, EDM's S_churn; 0 is deterministic."""
     eta: float | None = option(ge=0, le=1)
-    """ddim: 0 is deterministic, 1 ancestral."""
+    """ddim: 0 is deterministic, 1 ancestral; solvers of SDEs: noise rate."""
     label: int | None = option(ge=0)
     """Class to draw, for a run trained with --model.conditional; unset takes them in turn."""
     guidance: float | None = option(ge=0)

@@ -17,14 +17,24 @@ from lowdim_diffusion.sampling.adaptive import AdaptiveResult, sample_adaptive
 from lowdim_diffusion.sampling.adjoint import sample_adjoint
 from lowdim_diffusion.sampling.driver import SampleResult, initial_noise, sample, sample_batched
 from lowdim_diffusion.sampling.inversion import invert
+from lowdim_diffusion.sampling.search import (
+    GridSearch,
+    SamplerSearch,
+    search_grid,
+    search_sampler,
+)
 
 __all__ = [
     "AdaptiveResult",
+    "GridSearch",
     "SampleResult",
+    "SamplerSearch",
     "initial_noise",
     "invert",
     "sample",
     "sample_adaptive",
     "sample_adjoint",
     "sample_batched",
+    "search_grid",
+    "search_sampler",
 ]
