@@ -88,6 +88,7 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
         generalization.calibrate_threshold(examples.held_out, np.concatenate(pairs[-1].halves))
     )
     embed = jax.jit(generalization.default_embedding)  # of unit length
+    alike = float(generalization.pair_threshold(examples.held_out, pairs[-1].halves[0][:2000]))
     rows = []
     for count, halves, kinds in pairs:
         for kind, (a, b) in kinds.items():
@@ -101,6 +102,7 @@ def score(examples: Examples, pairs: list[Pair]) -> tuple[list[dict[str, Any]], 
                     "kind": kind,
                     "similarity": np.median(np.sum(embed(a) * embed(b), axis=1)),
                     "rp": float(generalization.reproducibility_score(a, b, threshold)),
+                    "agree": float(generalization.reproducibility_score(a, b, alike)),
                     "rmse": np.median(error),
                     "gl": np.mean(np.asarray(cosine) <= threshold),
                     "memorized": np.mean(copied),
@@ -140,6 +142,12 @@ def report_data(
             "similarity",
             "median cosine of embeddings",
             "Likeness of what the halves make of the same noise; 1 is the same image.",
+        ),
+        (
+            "agree",
+            "agreement beyond chance",
+            "Share of noises from which both make the same image: more alike than 99 % of pairs of "
+            "real images.",
         ),
         (
             "rmse",

@@ -7,7 +7,8 @@ and all of them are sampled from the same noises. Against N:
 - **GL**: share of samples that resemble no training image; 0 copies, 1 new images;
 - **memorized**: share whose nearest training image is three times nearer than the second nearest;
 - **RP**: share of noises from which two models make the same image: two seeds, two widths, and a
-  model and the optimal denoiser of its training set, which can only copy.
+  model and the optimal denoiser of its training set, which can only copy;
+- **agreement**: the same with images that are more alike than 99 % of pairs of real ones.
 
 GL rises from 0 to 1, later for wider networks and longer training. RP to the optimal denoiser falls
 to 0. RP between models is high at both ends: they agree because both copy, or because both found
@@ -117,9 +118,10 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
     """Return tidy rows, one per (N, width, steps), and the threshold of resemblance."""
     x, held_out = results.examples.x, results.examples.held_out
     threshold = float(generalization.calibrate_threshold(held_out, x[: results.counts[-1]]))
+    alike = float(generalization.pair_threshold(held_out, x[:2000]))
 
     @jax.jit
-    def same(a: Any, b: Any) -> Any:
+    def same(a: Any, b: Any, threshold: Any = threshold) -> Any:
         return generalization.reproducibility_score(a, b, threshold)
 
     @jax.jit
@@ -127,7 +129,7 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
         embed = generalization.default_embedding  # of unit length
         return jnp.sum(embed(a) * embed(b), axis=-1)
 
-    mean = lambda pairs: np.mean([same(a, b) for a, b in pairs]) if pairs else np.nan
+    mean = lambda pairs, *at: np.mean([same(a, b, *at) for a, b in pairs]) if pairs else np.nan
     rows = []
     for i, count in enumerate(results.counts):
         optimal = results.optimal[i]
@@ -142,7 +144,9 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
         distance = [np.mean(d) for d in split(near.distance[:, 0])]
         for j, ((width, steps), made) in enumerate(models.items()):
             mine = slice(j * preset.num_seeds, (j + 1) * preset.num_seeds)
-            wider = models.get((2 * width, steps), ())
+            seeds = list(itertools.combinations(made, 2))
+            wider = list(zip(made, models.get((2 * width, steps), ()), strict=False))
+            best = [(m, optimal) for m in made]
             rows.append(
                 {
                     "data": results.examples.name,
@@ -152,10 +156,14 @@ def score(results: Results, preset: Preset) -> tuple[list[dict[str, Any]], float
                     "gl": np.mean(novel[mine]),
                     "memorized": np.mean(copied[mine]),
                     "distance_ratio": np.mean(distance[mine]) / distance[-1],
-                    "rp_seeds": mean(list(itertools.combinations(made, 2))),
+                    "rp_seeds": mean(seeds),
                     "similarity_seeds": float(np.median(cosines(made[0], made[1]))),
-                    "rp_twice_the_width": mean(list(zip(made, wider, strict=False))),
-                    "rp_optimal": mean([(m, optimal) for m in made]),
+                    "rp_twice_the_width": mean(wider),
+                    "rp_optimal": mean(best),
+                    "agree_seeds": mean(seeds, alike),
+                    "agree_twice_the_width": mean(wider, alike),
+                    "agree_optimal": mean(best, alike),
+                    "agree_threshold": alike,
                     "gl_optimal": novel[-2],
                     "loss": results.loss[width, steps][i].mean(),
                 }
@@ -192,17 +200,17 @@ def against_count(rows: list[dict[str, Any]], column: str, ylabel: str, **option
     )
 
 
-def agreement(rows: list[dict[str, Any]], steps: int) -> Any:
+def agreement(rows: list[dict[str, Any]], steps: int, score: str, ylabel: str) -> Any:
     """Return the figure of RP against N: between seeds, and (dashed) to the optimal denoiser."""
     named = lambda column, what: {
         f"{label.split(',')[0]}: {what}": line
         for label, line in lines(rows, column, [steps]).items()
     }
     return reporting.figures.curves(
-        named("rp_seeds", "two seeds"),
-        dashed=named("rp_optimal", "to optimal"),
+        named(f"{score}_seeds", "two seeds"),
+        dashed=named(f"{score}_optimal", "to optimal"),
         xlabel="training images N",
-        ylabel="reproducibility (RP)",
+        ylabel=ylabel,
         xscale="log",
     )
 
@@ -247,7 +255,8 @@ def report_data(
     figures = {
         "gl": against_count(rows, "gl", "share of new images (GL)", level=0.5),
         "memorized": against_count(rows, "memorized", "memorized fraction"),
-        "rp": agreement(rows, longest),
+        "rp": agreement(rows, longest, "rp", "reproducibility (RP)"),
+        "agreement": agreement(rows, longest, "agree", "agreement beyond chance"),
         "distance_ratio": against_count(
             rows, "distance_ratio", "distance to training set / held-out", level=1.0
         ),
@@ -256,6 +265,8 @@ def report_data(
         "gl": "Share of samples that resemble no training image.",
         "memorized": "Share of samples three times nearer to one training image than to any other.",
         "rp": f"Share of noises from which two models make the same image ({longest:,} steps).",
+        "agreement": "The same, for pairs of images that are more alike than 99 % of pairs of real "
+        f"images: cosine above {rows[0]['agree_threshold']:.3f}.",
         "distance_ratio": "Mean distance of samples to the nearest training image over that of "
         "held-out images; above 1 the samples are farther than real images are.",
     }

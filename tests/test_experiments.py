@@ -292,3 +292,25 @@ def test_inverse_problems_write_their_results(tmp_path):
     for operator in {r["operator"] for r in rows}:
         best, worst = distance["MMPS", operator], distance["no guidance", operator]
         assert best < 0.5 * worst
+
+
+def test_sampler_comparison_knows_what_is_right(tmp_path):
+    """Second order beats first; searched grids are not worse; all is written."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.sampler_comparison", "--preset", "smoke"]
+        + ["--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").stat().st_size > 20_000
+    rows = list(csv.DictReader(open(tmp_path / "sampler_comparison.csv", encoding="utf-8")))
+    assert len({row["target"] for row in rows}) == 4
+
+    def best(solver):
+        mine = [r for r in rows if r["solver"] == solver and r["target"].startswith("mixture")]
+        return min(float(row["error"]) for row in mine)
+
+    assert best("DPM-Solver++(2M)") < best("Euler (DDIM)")
+    searched = list(csv.DictReader(open(tmp_path / "searched_grids.csv", encoding="utf-8")))
+    assert all(float(r["error"]) < 1.2 * float(r["given_error"]) for r in searched)

@@ -41,6 +41,7 @@ from lowdim_diffusion.generalization.scores import (
     mae_score,
     memorized_fraction,
     most_similar,
+    pair_threshold,
     pixel_novelty,
     reproducibility_score,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "mae_score",
     "memorized_fraction",
     "most_similar",
+    "pair_threshold",
     "nearest",
     "no_embedding",
     "noise_plane",

@@ -167,6 +167,46 @@ def calibrate_threshold(
     return jnp.sort(most_similar(held_out, train, embed=embed).cosine)[rank - 1]
 
 
+def pair_threshold(
+    examples: ArrayLike,
+    others: ArrayLike,
+    *,
+    false_positive_rate: float = 0.01,
+    embed: Embedding = default_embedding,
+) -> Float[Array, ""]:
+    """Return the cosine that a pair of unrelated examples exceeds with the given probability.
+
+    For :func:`reproducibility_score`, which compares each sample with one other: what two different
+    images have in common by chance is the level to pass. :func:`calibrate_threshold`, for the
+    comparison with a whole training set, is much stricter: there each example has N chances.
+
+    Args:
+        examples: ``[m, *data]``.
+        others: ``[N, *data]``, none of them among ``examples``; all ``m N`` pairs are compared.
+        false_positive_rate: in (0, 1), a Python number.
+        embed: as in :func:`generalization_score`.
+
+    Raises:
+        ValueError: if there are too few pairs for the rate.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> a, b = jnp.eye(2), jnp.array([[1.0, 0], [3, 4]])  # cosines 1, 0, .6, .8
+        >>> float(pair_threshold(a, b, false_positive_rate=0.4, embed=lambda x: x))
+        0.800000011920929
+    """
+    where, rate = "pair_threshold", false_positive_rate
+    check_range(where, "false_positive_rate", rate, 0, 1, low_open=True, high_open=True)
+    one, two = (_units(embed, x) for x in (examples, others))
+    num = one.shape[0] * two.shape[0]
+    rank = math.ceil(round((num + 1) * (1 - rate), 9))
+    if rank > num:
+        fix = "give more, or allow a larger false_positive_rate"
+        raise fail(where, "too few pairs", f"at least {math.ceil(1 / rate) - 1}", num, fix)
+    cosine = jnp.matmul(one, two.T, precision="highest")
+    return jnp.sort(cosine.reshape(-1))[rank - 1]
+
+
 def reproducibility_score(
     a: ArrayLike,
     b: ArrayLike,

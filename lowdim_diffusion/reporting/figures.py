@@ -7,7 +7,7 @@ column of about 12 cm, legible on a phone and in a paper. ``fig.savefig("x.pdf")
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from lowdim_diffusion._checks import fail
 from lowdim_diffusion.reporting.images import as_pictures
 
 __all__ = [
+    "curve_panels",
     "curves",
     "edit_grid",
     "loss_curve",
@@ -557,22 +558,76 @@ def curves(
         dashed: curves to compare with, ``(x, y)``, in the colours of the lines of the same order.
         level: height of a thin horizontal line.
     """
-    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
     with _canvas(5.2, 3.3) as fig:
         axes = fig.subplots()
-        for color, (label, (x, y, *spread)) in zip(
-            itertools.cycle(palette), lines.items(), strict=False
-        ):
-            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-            axes.plot(x, y, "o-", color=color, markersize=3, label=label)
-            if spread:
-                axes.fill_between(x, y - spread[0], y + spread[0], color=color, alpha=0.15, lw=0)
-        for color, (label, (x, y)) in zip(
-            itertools.cycle(palette), (dashed or {}).items(), strict=False
-        ):
-            axes.plot(x, y, "--", color=color, linewidth=1.2, label=label)
-        if level is not None:
-            axes.axhline(level, color=LINE, linewidth=1)
-        axes.set(xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        _draw_curves(axes, lines, dashed or {}, level, xscale, yscale)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.legend()
     return fig
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, Any]],
+    *,
+    xlabel: str,
+    ylabels: Sequence[str],
+    xscale: str = "linear",
+    yscale: str = "linear",
+    levels: Sequence[float | None] | None = None,
+) -> Figure:
+    """Return named curves in several pairs of axes side by side, each with a legend below.
+
+    Args:
+        panels: title to lines, these as for :func:`curves`.
+        xlabel: name of the horizontal axes.
+        ylabels: name of each vertical one.
+        xscale: ``"linear"`` or ``"log"``.
+        yscale: likewise.
+        levels: heights of thin horizontal lines, one per panel or None.
+
+    Raises:
+        ValueError: if there are not as many names and heights as panels.
+    """
+    count = len(panels)
+    levels = [None] * count if levels is None else levels
+    if not count or len(ylabels) != count or len(levels) != count:
+        got = f"{len(ylabels)} ylabels and {len(levels)} levels"
+        raise fail("curve_panels", f"{count} panels", "one ylabel and level each", got)
+    with _canvas(3.6 * count, 4.4) as fig:
+        row = fig.subplots(1, count, squeeze=False)[0]
+        for axes, title, ylabel, level in zip(row, panels, ylabels, levels, strict=True):
+            _draw_curves(axes, panels[title], {}, level, xscale, yscale)
+            axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return fig
+
+
+def _draw_curves(
+    axes: Any,
+    lines: Mapping[str, Any],
+    dashed: Mapping[str, Any],
+    level: float | None,
+    xscale: str,
+    yscale: str,
+) -> None:
+    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
+    for color, (label, (x, y, *spread)) in zip(
+        itertools.cycle(palette), lines.items(), strict=False
+    ):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        axes.plot(x, y, "o-", color=color, markersize=3, label=label)
+        if spread:
+            axes.fill_between(x, y - spread[0], y + spread[0], color=color, alpha=0.15, lw=0)
+    for color, (label, (x, y)) in zip(itertools.cycle(palette), dashed.items(), strict=False):
+        axes.plot(x, y, "--", color=color, linewidth=1.2, label=label)
+    if level is not None:
+        axes.axhline(level, color=LINE, linewidth=1)
+    axes.set(xscale=xscale, yscale=yscale)
+    for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
+        low, high = axis.get_view_interval()
+        if scale == "log" and high < 300 * low:  # few decades: label 1, 2 and 5 of each
+            from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
