@@ -296,12 +296,8 @@ def test_inverse_problems_write_their_results(tmp_path):
 
 def test_sampler_comparison_knows_what_is_right(tmp_path):
     """Second order beats first; searched grids are not worse; all is written."""
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.sampler_comparison", "--preset", "smoke"]
-        + ["--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "experiments.sampler_comparison", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").stat().st_size > 20_000
     rows = list(csv.DictReader(open(tmp_path / "sampler_comparison.csv", encoding="utf-8")))
