@@ -294,6 +294,7 @@ def test_inverse_problems_write_their_results(tmp_path):
         assert best < 0.5 * worst
 
 
+@pytest.mark.slow
 def test_sampler_comparison_knows_what_is_right(tmp_path):
     """Second order beats first; searched grids are not worse; all is written."""
     command = [sys.executable, "-m", "experiments.sampler_comparison", "--preset", "smoke"]
