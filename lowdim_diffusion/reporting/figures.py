@@ -562,7 +562,11 @@ def curves(
         axes = fig.subplots()
         _draw_curves(axes, lines, dashed or {}, level, xscale, yscale)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.legend()
+        if len(lines) + len(dashed or {}) > 4:  # no corner is free
+            fig.set_figheight(4.2)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        else:
+            axes.legend()
     return fig
 
 
