@@ -9,9 +9,9 @@ function         form      change of x0_hat                                     
 ``mmps``         denoiser  V A^T (A V A^T + s^2 I)^-1 r,  V = (sigma^2/alpha) J   vjp per iteration
 ``dps``          hook      -(step/alpha) grad ||r||                               evaluation, vjp
 ``pigdm``        hook      J^T A^+ r; with noise J^T A^T (A A^T + s^2/v I)^-1 r   evaluation, vjp
-``ddnm``         hook      A^+ r, less where noise forbids                        products
+``ddnm``         hook      A^+ r where the noise of y fits into that of the state products
 ``dds``          hook      conjugate gradients from x0_hat                        products
-``replacement``  hook      A^+ r, and fresh noise for what is measured            products
+``replacement``  hook      the same, with fresh noise beside it                   products
 ===============  ========  =====================================================  ================
 
 ``mmps`` approximates ``E[x_0 | x_t, y]``, which is a *denoiser* like any other: every solver takes
@@ -206,10 +206,12 @@ def ddnm(
 
     .. math:: \hat x_0 \leftarrow \hat x_0 + A^+ (y - A \hat x_0).
 
-    Noise in y comes along as ``s / s_i`` in the i-th singular direction. Where it would exceed the
-    noise level, that is where ``alpha s / s_i > sigma``, the step is shortened to fit, and eps
-    gives up as much variance (DDNM+). The hook knows the level that a step starts from, not the one
-    it goes to, and cannot reach the noise that a stochastic solver adds: use it with ``ddim()``.
+    Noise in y comes along, of size ``s / s_i`` in the i-th singular direction. Where it fits into
+    the noise of the state, ``alpha s / s_i <= sigma``, eps gives up as much variance; where it does
+    not, y has said what it can, and the direction is left to the prior. (DDNM+ takes a shortened
+    step there; the noise of y, always the same, then adds up over the steps.) Use it with
+    ``ddim()``: the noise that a stochastic solver adds is out of a hook's reach. The hook knows the
+    level that a step starts from, not the one it goes to.
 
     Args:
         schedule: noise schedule.
@@ -218,10 +220,8 @@ def ddnm(
         noise_std: s >= 0.
 
     References:
-        Wang, Yu, Zhang 2023, arXiv 2212.00490, eqs. (12)-(13), (17)-(19).
+        Wang, Yu, Zhang 2023, arXiv 2212.00490, eqs. (12)-(13), and section 3.3 for noise.
     """
-    _check_noise("ddnm", noise_std)
-    check_measurement("ddnm", operator, y)
     consistent = _consistent("ddnm", schedule, operator, y, noise_std)
 
     def correct(x0_hat: Array, eps: Array, t: Array, carry: Any) -> tuple[Array, Array, Any]:
@@ -237,8 +237,9 @@ def replacement(
     """Return the hook of inpainting by replacement: the measured part is noised anew every step.
 
     For a mask, the next state holds ``alpha y + sigma z`` inside and the solver's own state
-    outside. Any other operator with a ``spectral_fn`` works the same way in its row space. What is
-    outside hardly learns of what is inside unless steps are repeated: :func:`repeated`.
+    outside. Any other operator with a ``spectral_fn`` works the same way in its row space, and
+    noise in y counts as in :func:`ddnm`. What A does not see hardly learns of what it sees unless
+    steps are repeated: :func:`repeated`.
 
     The hook's carry are the examples' keys::
 
@@ -252,10 +253,8 @@ def replacement(
         noise_std: s >= 0.
 
     References:
-        Lugmayr et al. 2022, arXiv 2201.09865, eq. (8); Wang et al. 2024 (SeisFusion).
+        Lugmayr et al. 2022, arXiv 2201.09865, eq. (8) (RePaint).
     """
-    _check_noise("replacement", noise_std)
-    check_measurement("replacement", operator, y)
     consistent = _consistent("replacement", schedule, operator, y, noise_std)
 
     def correct(x0_hat: Array, eps: Array, t: Array, carry: Any) -> tuple[Array, Array, Any]:
@@ -271,32 +270,27 @@ def _consistent(
     where: str, schedule: Schedule, operator: LinearOperator, y: ArrayLike, noise_std: Any
 ) -> Any:
     """What ``ddnm`` and ``replacement`` share; ``noise`` is what eps becomes in the row space."""
+    _check_noise(where, noise_std)
+    check_measurement(where, operator, y)
     noiseless = isinstance(noise_std, int | float) and noise_std == 0
 
     def consistent(x0_hat: Array, eps: Array, noise: Array, t: Array) -> tuple[Array, Array]:
         target = check_measurement(where, operator, y, x0_hat)
         residual = target - operator.apply(x0_hat)
-        if noiseless:
-            moved = x0_hat + operator.solve(residual)
-            return moved, eps if noise is eps else eps + operator.spectral(noise - eps, _one)
+        if noiseless and noise is eps:
+            return x0_hat + operator.solve(residual), eps
         alpha, sigma = _levels(schedule, t, x0_hat)
 
-        def step(eigenvalue: Array) -> Array:  # 1, or where noise forbids sigma s_i / (alpha s)
-            return jnp.minimum(1, sigma * jnp.sqrt(eigenvalue) / _positive(alpha * noise_std))
+        def share(eigenvalue: Array) -> Array:  # of the noise of the state, taken by that of y
+            return alpha * noise_std / (sigma * jnp.sqrt(eigenvalue))
 
-        def left(eigenvalue: Array) -> Array:  # the share of eps that the noise of y leaves
-            taken = step(eigenvalue) * alpha * noise_std / (sigma * jnp.sqrt(eigenvalue))
-            return safe_sqrt(1 - taken**2)
-
-        moved = operator.spectral(operator.transpose(residual), lambda e: step(e) / e)
-        eps = eps + operator.spectral(noise, left) - operator.spectral(eps, _one)
+        fits = lambda eigenvalue: jnp.where(share(eigenvalue) <= 1, 1, 0)
+        left = lambda eigenvalue: safe_sqrt(1 - share(eigenvalue) ** 2)
+        moved = operator.spectral(operator.transpose(residual), lambda e: fits(e) / e)
+        eps = eps + operator.spectral(noise, left) - operator.spectral(eps, fits)
         return x0_hat + moved, eps
 
     return consistent
-
-
-def _one(eigenvalue: Array) -> Array:
-    return jnp.ones_like(eigenvalue)
 
 
 def dds(

@@ -91,22 +91,6 @@ def test_ddnm_replaces_the_row_space_and_nothing_else(case):
     np.testing.assert_array_equal(same, eps)
 
 
-@pytest.mark.parametrize("noise_std", [0.01, 9.0])
-def test_ddnm_keeps_the_noise_at_its_level(case, noise_std):
-    """In each singular direction the noise of y and what is left of eps make sigma together."""
-    _, _, x0_hat, eps, a, y = case
-    hook = guidance.ddnm(VP, guidance.matrix(a), y, noise_std=noise_std)
-    found, left = corrected(hook, x0_hat, eps)
-    _, s, vt = np.linalg.svd(a)
-    wanted = (y @ np.linalg.pinv(a).T - x0_hat) @ vt[:ROWS].T
-    taken = ((found - x0_hat) @ vt.T)[:, :ROWS] / wanted
-    assert (taken < 1).all() == (noise_std > 1)
-    kept = ((left @ vt.T) / (eps @ vt.T)).mean(0)
-    noise = (ALPHA * taken.mean(0) * noise_std / s) ** 2 + (SIGMA * kept[:ROWS]) ** 2
-    np.testing.assert_allclose(noise, SIGMA**2, rtol=1e-6)
-    np.testing.assert_allclose(kept[ROWS:], 1, atol=1e-9)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dds_solves_and_does_not_break_down(case, dtype):
     """Three rows: forty iterations are far beyond the rank."""
@@ -132,6 +116,30 @@ def test_replacement_renews_what_is_measured(x64):
     inside = np.asarray(new_eps[:, mask == 1])
     assert abs(inside.mean()) < 0.05 and abs(inside.std() - 1) < 0.05
     assert not (jax.random.key_data(new_keys) == jax.random.key_data(keys)).all(1).any()
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+@pytest.mark.parametrize("noise_std", [0.1, 5.0])
+def test_noise_of_y_becomes_part_of_the_states(noise_std, renewed, x64):
+    """True x_0 and prediction 0: the new state is at its level in every direction, whatever s."""
+    b, rng = 20_000, np.random.default_rng(2)
+    a = rng.normal(size=(ROWS, DIM))
+    y = noise_std * rng.normal(size=(b, ROWS))
+    eps = jnp.asarray(rng.normal(size=(b, DIM)))
+    method = guidance.replacement if renewed else guidance.ddnm
+    hook = method(VP, guidance.matrix(a), y, noise_std=noise_std)
+    keys = sharding.example_keys(jax.random.key(0), jnp.arange(b))
+    x0_hat, new_eps, _ = jax.jit(hook)(0 * eps, eps, T, keys)
+    state = (ALPHA * x0_hat + SIGMA * new_eps) @ np.linalg.svd(a)[2].T
+    np.testing.assert_allclose(state.std(0), SIGMA, rtol=0.03)
+    u, s, vt = np.linalg.svd(a)
+    fits = ALPHA * noise_std <= SIGMA * s
+    assert fits.all() == (noise_std < 1)
+    np.testing.assert_allclose((x0_hat @ vt.T)[:, :ROWS], fits * (y @ u) / s, atol=1e-9)
+    if not renewed:
+        left = np.sqrt(np.maximum(1 - (ALPHA * noise_std / (SIGMA * s)) ** 2, 0))
+        share = np.append(np.where(fits, left, 1), np.ones(DIM - ROWS))
+        np.testing.assert_allclose(new_eps @ vt.T, share * np.asarray(eps @ vt.T), atol=1e-9)
 
 
 class G64:
