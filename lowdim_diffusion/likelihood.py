@@ -61,7 +61,7 @@ PriorFn: TypeAlias = Callable[[Array, Any, Any], Array]
 """``(y: [b, *data], alpha, sigma) -> [b]``: the log-density far out, called with alpha 1 and sigma
 rho_T. ``distribution.log_prob`` is one."""
 
-LEAST_LOG_SNR = -14.0
+_LEAST_LOG_SNR = -14.0
 """Where a schedule ends without signal, as in ``schedules.log_snr_grid``: sigma / alpha = 1100."""
 
 
@@ -221,7 +221,7 @@ def _levels(num_steps: int | None) -> Callable[[Schedule, Array], _Levels]:
     """The levels of all steps, data to noise: ``num_steps`` equal ones, or those of the grid."""
 
     def levels(schedule: Schedule, ts: Any) -> _Levels:
-        log_snr = jnp.maximum(schedule.log_snr(jnp.asarray(ts)[::-1]), LEAST_LOG_SNR)
+        log_snr = jnp.maximum(schedule.log_snr(jnp.asarray(ts)[::-1]), _LEAST_LOG_SNR)
         log_rho = -0.5 * log_snr
         if num_steps is not None:
             log_rho = jnp.linspace(log_rho[0], log_rho[-1], num_steps + 1)

@@ -8,6 +8,8 @@ Randomness belongs to examples: example ``i`` (its *global* index) owns ``fold_i
 each of its draws is folded from that. Samples therefore do not depend on how the examples are split
 into batches or over devices.
 
+Runs are differentiable; :func:`sample_adjoint` does so in memory that does not grow with steps.
+
 Nothing is jitted here. Compile once at the outside::
 
     draw = jax.jit(lambda key: sample(key, denoise_fn, schedule, ts, (64, 48), solver=heun()).x)
