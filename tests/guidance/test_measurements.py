@@ -79,7 +79,7 @@ def test_mmps_is_the_posterior_mean_of_a_gaussian(noise_std, x64):
     noise = np.diag([noise_std**2] * ROWS + [SIGMA**2] * DIM)
     gain = cov @ both.T @ np.linalg.inv(both @ cov @ both.T + noise)
     expected = mean + (np.hstack([y, x_t]) - mean @ both.T) @ gain.T
-    np.testing.assert_allclose(jax.jit(guided)(x_t, T), expected, atol=1e-9)
+    np.testing.assert_allclose(jax.jit(guided)(x_t, np.full(2, T)), expected, atol=1e-9)
 
 
 def test_ddnm_replaces_the_row_space_and_nothing_else(case):
@@ -140,6 +140,46 @@ def test_noise_of_y_becomes_part_of_the_states(noise_std, renewed, x64):
         left = np.sqrt(np.maximum(1 - (ALPHA * noise_std / (SIGMA * s)) ** 2, 0))
         share = np.append(np.where(fits, left, 1), np.ones(DIM - ROWS))
         np.testing.assert_allclose(new_eps @ vt.T, share * np.asarray(eps @ vt.T), atol=1e-9)
+
+
+@pytest.mark.slow
+def test_all_start_from_pure_noise_and_have_gradients(key):
+    """Rectified flow: no signal at all at t = 1. One measurement for all, in float32."""
+    flow, noise_std = schedules.RectifiedFlow(), 0.1
+    p = distributions.MoLRG(linalg.random_frames(key, 2, DIM, 2), noise_std=0.1)
+    denoise_fn, op = p.denoiser(flow), guidance.blur((DIM, 1, 1), np.array([[0.3], [1.0], [0.3]]))
+    ts, keys = schedules.uniform_grid(flow, 3), sharding.example_keys(key, jnp.arange(4))
+
+    def end(y):
+        hooks = {
+            "dps": guidance.dps(denoise_fn, flow, op, y),
+            "pigdm": guidance.pigdm(denoise_fn, flow, op, y, noise_std=noise_std),
+            "ddnm": guidance.ddnm(flow, op, y, noise_std=noise_std),
+            "dds": guidance.dds(op, y, gamma=9.0, num_iters=2),
+            "replacement": guidance.replacement(flow, op, y, noise_std=noise_std),
+        }
+        run = lambda fn, hook, carry=None: (
+            sampling.sample(
+                key,
+                fn,
+                flow,
+                ts,
+                (4, DIM, 1, 1),
+                solver=solvers.ddim(),
+                correct=hook,
+                correct_carry=carry,
+            ).x
+        )
+        guided = guidance.mmps(denoise_fn, flow, op, y, noise_std=noise_std)
+        carry = {"replacement": keys}
+        made = {name: run(denoise_fn, hook, carry.get(name)) for name, hook in hooks.items()}
+        made["mmps"] = run(guided, None)
+        return sum(map(jnp.sum, made.values())), made
+
+    slope, made = jax.jit(jax.grad(end, has_aux=True))(jnp.ones((1, DIM, 1, 1)))
+    for name, x in made.items():
+        assert x.dtype == jnp.float32 and jnp.isfinite(x).all(), name
+    assert jnp.isfinite(slope).all() and (slope != 0).all()
 
 
 class G64:
