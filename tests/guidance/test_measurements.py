@@ -283,6 +283,24 @@ def test_repeated_counts_its_evaluations_and_refuses_memory():
         run(ts, guidance.repeated(solvers.dpmpp_2m(), 2))
 
 
+def test_resample_weighs_as_in_the_paper(x64):
+    """The share of the corrected prediction; without trust in it, DDIM."""
+    ts = np.array([0.9, 0.5, 0.2])
+    a = np.exp(-0.25 * ts**2 * 19.9 - 0.05 * ts) ** 2  # the paper's bar alpha
+    var = 40 * (1 - a[1:]) / (1 - a[:-1]) * (1 - a[:-1] / a[1:])
+    trust = solvers.plan(guidance.resample(), VP, ts).coefficients.trust
+    np.testing.assert_allclose(trust, var / (var + 1 - a[1:]), rtol=1e-12)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, DIM)))
+    hook = guidance.ddnm(VP, guidance.matrix(np.eye(3, DIM)), jnp.ones((1, 3)))
+    run = lambda solver, hook: (
+        sampling.sample(
+            jax.random.key(0), lambda x, t: 0.3 * x, VP, ts, x, solver=solver, correct=hook
+        ).x
+    )
+    untrusted, plain = run(guidance.resample(0.0), hook), run(solvers.ddim(), None)
+    np.testing.assert_allclose(untrusted, plain, atol=1e-12)
+
+
 BAD = {
     "y": (lambda op: guidance.dds(op, jnp.ones((2, 5))), "dds: wrong shape of y"),
     "unbatched": (lambda op: guidance.ddnm(VP, op, jnp.ones(3)), r"y\[None\]"),
