@@ -197,6 +197,7 @@ def pair_threshold(
     """
     where, rate = "pair_threshold", false_positive_rate
     check_range(where, "false_positive_rate", rate, 0, 1, low_open=True, high_open=True)
+    check_examples(where, examples=examples, others=others)
     one, two = (_units(embed, x) for x in (examples, others))
     num = one.shape[0] * two.shape[0]
     rank = math.ceil(round((num + 1) * (1 - rate), 9))

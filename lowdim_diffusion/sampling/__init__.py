@@ -19,6 +19,7 @@ from lowdim_diffusion.sampling.adaptive import AdaptiveResult, sample_adaptive
 from lowdim_diffusion.sampling.adjoint import sample_adjoint
 from lowdim_diffusion.sampling.driver import SampleResult, initial_noise, sample, sample_batched
 from lowdim_diffusion.sampling.inversion import invert
+from lowdim_diffusion.sampling.restart import Restart, sample_restart
 from lowdim_diffusion.sampling.search import (
     GridSearch,
     SamplerSearch,
@@ -29,6 +30,7 @@ from lowdim_diffusion.sampling.search import (
 __all__ = [
     "AdaptiveResult",
     "GridSearch",
+    "Restart",
     "SampleResult",
     "SamplerSearch",
     "initial_noise",
@@ -37,6 +39,7 @@ __all__ = [
     "sample_adaptive",
     "sample_adjoint",
     "sample_batched",
+    "sample_restart",
     "search_grid",
     "search_sampler",
 ]

@@ -112,6 +112,20 @@ def test_threshold_holds_its_false_positive_rate(digits):
     assert np.mean(copies.index == np.arange(298)) > 0.99
 
 
+def test_pairs_of_different_images_pass_the_pair_threshold_rarely(digits):
+    train, held_out = digits
+    calibrate = functools.partial(generalization.pair_threshold, false_positive_rate=0.05)
+    threshold = float(jax.jit(calibrate)(held_out[:298], train[:500]))
+    same = jax.jit(generalization.reproducibility_score)
+    assert 0.01 < same(held_out[:298], train[500:798], threshold) < 0.09
+    assert threshold < float(jax.jit(generalization.calibrate_threshold)(held_out, train))
+    cosines = np.random.default_rng(0).permutation(np.linspace(0, 1, 12))
+    one = np.stack([cosines, np.sqrt(1 - cosines**2)], 1)
+    axis = np.array([[1.0, 0.0]])
+    found = calibrate(one, axis, false_positive_rate=0.25, embed=generalization.no_embedding)
+    np.testing.assert_allclose(found, np.linspace(0, 1, 12)[10 - 1], rtol=1e-6)  # ceil(13 * .75)
+
+
 def test_threshold_is_the_conformal_rank():
     """At rate 1/4 of 7 fresh cosines the 6th: exceeded by an 8th one with probability 1/4."""
     angles = np.deg2rad([80, 70, 60, 50, 40, 30, 20])
@@ -198,6 +212,7 @@ def test_unfit_sets_are_refused(unchecked):
     scores = {
         "generalization_score": lambda a, b: g.generalization_score(a, b, 0.5),
         "calibrate_threshold": lambda a, b: g.calibrate_threshold(a, b, false_positive_rate=0.5),
+        "pair_threshold": lambda a, b: g.pair_threshold(a, b, false_positive_rate=0.5),
         "memorized_fraction": g.memorized_fraction,
         "authentic_fraction": g.authentic_fraction,
         "pixel_novelty": g.pixel_novelty,
@@ -227,6 +242,8 @@ def test_unfit_settings_are_refused(unchecked):
         g.reproducibility_score(x, x, 1.2)
     with pytest.raises(ValueError, match="at least 99, got 4; give more"):
         g.calibrate_threshold(x, x)
+    with pytest.raises(ValueError, match="too few pairs: expected at least 99, got 16"):
+        g.pair_threshold(x, x)
     with pytest.raises(ValueError, match="false_positive_rate out of range"):
         g.calibrate_threshold(x, x, false_positive_rate=1)
     with pytest.raises(ValueError, match="black below white"):

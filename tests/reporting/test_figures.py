@@ -187,3 +187,24 @@ def test_label_maps_put_a_across_and_b_up(tmp_path):
     fig.savefig(tmp_path / "maps.png")
     with pytest.raises(ValueError, match="integers >= 0"):
         figures.label_maps({"one": labels - 1})
+
+
+def test_panels_share_axes_names_and_label_few_decades():
+    lines = {"a": ([5, 10, 100], [0.5, 0.2, 0.01]), "b": ([5, 10, 100], [0.9, 0.4, 0.03])}
+    fig = figures.curve_panels(
+        {"one": lines, "two": {"c": ([5, 50], [1.0, 0.1])}},
+        xlabel="NFE",
+        ylabels=["error", "law"],
+        xscale="log",
+        yscale="log",
+        levels=[None, 0.05],
+    )
+    fig.canvas.draw()
+    one, two = fig.axes
+    assert (one.get_title(), two.get_title()) == ("one", "two")
+    assert [t.get_text() for t in one.get_legend().get_texts()] == ["a", "b"]
+    shown = [t.get_text() for t in one.get_xticklabels()]
+    assert {"5", "10", "20", "50", "100"} <= set(shown)
+    assert len(two.lines) == 2 and two.lines[1].get_ydata()[0] == 0.05
+    with pytest.raises(ValueError, match=r"curve_panels: 1 panels: .* got 2 ylabels and 1 levels"):
+        figures.curve_panels({"one": lines}, xlabel="x", ylabels=["y", "z"])
