@@ -63,9 +63,14 @@ DATA_STD = (7.5 / DIM) ** 0.5
 MMPS_ITERS = 5
 
 
+OF_IMAGES = ("MMPS", "PiGDM", "DPS", "DDNM", "DDS", "replacement x 10")
+OF_POSTERIOR = (*OF_IMAGES, "replacement", "ReSample", "DDS as denoiser", "no guidance")
+
+
 class Preset(NamedTuple):
     """Sizes of the experiment."""
 
+    methods: tuple[str, ...]
     priors: tuple[str, ...]
     noises: tuple[float, ...]
     num_problems: int
@@ -80,9 +85,11 @@ class Preset(NamedTuple):
 
 PRIORS = ("mixture", "Gaussian")
 PRESETS = {
-    "smoke": Preset(PRIORS[:1], (0.1,), 4, 16, 5, 20, 30, 3, 5),
-    "cpu": Preset(PRIORS, (0.0, 0.1, 0.5), 16, 64, 100, 300, 3000, 8, 100),
-    "paper": Preset(PRIORS, (0.0, 0.02, 0.1, 0.5), 200, 256, 1000, 300, 20000, 16, 1000),
+    "smoke": Preset(("MMPS", "DDS", "no guidance"), PRIORS[:1], (0.1,), 4, 16, 5, 20, 30, 3, 5),
+    "cpu": Preset(OF_POSTERIOR, PRIORS, (0.0, 0.1, 0.5), 16, 64, 100, 300, 3000, 8, 100),
+    "paper": Preset(
+        OF_POSTERIOR, PRIORS, (0.0, 0.02, 0.1, 0.5), 200, 256, 1000, 300, 20000, 16, 1000
+    ),
 }
 
 
@@ -167,8 +174,6 @@ METHODS = {
     "no guidance": Method(lambda s: {}),
     "DDS, eta .85": Method(lambda s: {"correct": _dds(s), "solver": solvers.ddim(0.85)}),
 }
-OF_POSTERIOR = tuple(name for name in METHODS if "eta" not in name)
-OF_IMAGES = ("MMPS", "PiGDM", "DPS", "DDNM", "DDS", "replacement x 10")
 
 
 def draw(key: Any, method: str, setting: Setting, ts: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -300,7 +305,7 @@ def posterior_rows(preset: Preset, seed: int, out: pathlib.Path) -> list[dict[st
     """Measure all methods on all problems; ``posterior.csv`` grows as they finish."""
     key, rows = jax.random.key(seed + 1), []
     problems = measured(preset, seed)
-    for method in OF_POSTERIOR:
+    for method in preset.methods:
         cost = METHODS[method]
         evals = 1 + (preset.num_steps - 1) * cost.repeats
         for (name, noise_std, label), (p, a, y, x0, num_rows) in problems.items():
@@ -351,11 +356,11 @@ def posterior(preset: Preset, options: Any, report: reporting.Report) -> None:
             for column, (caption, exact) in COLUMNS.items():
                 cells = [
                     [method, *(f"{at[method, o][column]:.3f}" for o in names)]
-                    for method in OF_POSTERIOR
+                    for method in preset.methods
                 ]
                 if exact:
                     cells.append(
-                        ["exact", *(f"{at[OF_POSTERIOR[0], o][exact]:.3f}" for o in names)]
+                        ["exact", *(f"{at[preset.methods[0], o][exact]:.3f}" for o in names)]
                     )
                 report.table(["method", *names], cells, caption=caption)
 
