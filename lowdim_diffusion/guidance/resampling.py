@@ -17,9 +17,6 @@ from lowdim_diffusion.solvers._base import memoryless, predict
 
 __all__ = ["repeated", "resample"]
 
-_DRAWS = 8
-"""Numbers of draws that one of the repeated steps may use."""
-
 
 class _Repeat(NamedTuple):
     inner: Any
@@ -48,6 +45,7 @@ def repeated(solver: Solver, num_repeats: int) -> Solver:
         Lugmayr et al. 2022, arXiv 2201.09865, algorithm 1, with jump length 1.
     """
     check_int("repeated", "num_repeats", num_repeats)
+    stride = solver.num_draws + 1  # its own, and the way back
 
     def coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Repeat:
         ratio = grid.alpha[:-1] / grid.alpha[1:]
@@ -69,14 +67,14 @@ def repeated(solver: Solver, num_repeats: int) -> Solver:
             raise fail("repeated", "solver remembers steps", "a one-step solver", solver.name, fix)
 
         def once(state: State, carry: Any, i: Any) -> StepResult:
-            own = (lambda j: draw(i * _DRAWS + j)) if solver.stochastic else None
+            own = (lambda j: draw(i * stride + j)) if solver.stochastic else None
             return solver.step(
                 denoise_fn, state, c.inner, own, correct=correct, carry=carry, clean=clean
             )
 
         def there_and_back(loop: tuple[State, Any], i: Any) -> tuple[Any, None]:
             out = once(loop[0], loop[1], i)
-            noise = draw(i * _DRAWS + _DRAWS - 1)
+            noise = draw(i * stride + solver.num_draws)
             return (State(c.back * out.state.x + c.back_std * noise), out.carry), None
 
         last = 0 if clean else num_repeats - 1
@@ -92,6 +90,7 @@ def repeated(solver: Solver, num_repeats: int) -> Solver:
         order=solver.order,
         num_evals=num_repeats * solver.num_evals,
         stochastic=solver.stochastic or num_repeats > 1,
+        num_draws=num_repeats * stride,
     )
 
 

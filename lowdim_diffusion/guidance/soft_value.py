@@ -93,6 +93,7 @@ def svdd(
         order=0,
         num_evals=solver.num_evals + num_proposals * getattr(value_fn, "num_evals", 0),
         stochastic=True,
+        num_draws=2 * num_proposals,
     )
 
 

@@ -118,6 +118,8 @@ class Solver:
         order: of convergence.
         num_evals: denoiser evaluations per step.
         stochastic: whether steps draw noise.
+        num_draws: the numbers ``j`` that a stochastic step gives to ``draw`` are below this one;
+            those from it on are free for a solver around it.
     """
 
     name: str = field(metadata={"static": True})
@@ -131,6 +133,7 @@ class Solver:
     order: int = field(default=1, metadata={"static": True})
     num_evals: int = field(default=1, metadata={"static": True})
     stochastic: bool = field(default=False, metadata={"static": True})
+    num_draws: int = field(default=1, metadata={"static": True})
 
 
 def memoryless(x: Array) -> State:

@@ -53,7 +53,9 @@ class _Coefficients(NamedTuple):
 
 
 @functools.cache
-def _functions(predict_step: Any, predict_plan: Any, num_moves: int) -> tuple[Callable, Callable]:
+def _functions(
+    predict_step: Any, predict_plan: Any, num_draws: int, num_moves: int
+) -> tuple[Callable, Callable]:
     """``(step, coefficients)``, the same objects for the same method."""
 
     def step(
@@ -75,7 +77,7 @@ def _functions(predict_step: Any, predict_plan: Any, num_moves: int) -> tuple[Ca
         for move in range(num_moves):
             _, eps, later = predict(denoise_fn, x, c.t, c.alpha, c.sigma, correct, carry)
             carry = jax.tree.map(lambda new, old: jnp.where(c.noisy, new, old), later, carry)
-            x = x - c.drift * eps + c.std * draw(1 + move)
+            x = x - c.drift * eps + c.std * draw(num_draws + move)
         return StepResult(State(x, history), x0_hat, carry)
 
     def coefficients(settings: _Settings, schedule: Schedule, grid: Grid) -> _Coefficients:
@@ -110,7 +112,8 @@ def predictor_corrector(predictor: Solver, *, num_moves: int = 1, snr: Scalar = 
         fix = "e.g. solvers.ancestral() or solvers.heun()"
         what = "the predictor remembers earlier steps"
         raise fail("predictor_corrector", what, "a one-step solver", predictor.name, fix)
-    step, coefficients = _functions(predictor.step, predictor.coefficients, num_moves)
+    num_draws = predictor.num_draws
+    step, coefficients = _functions(predictor.step, predictor.coefficients, num_draws, num_moves)
     return Solver(
         f"{predictor.name}_langevin",
         memoryless,
@@ -120,4 +123,5 @@ def predictor_corrector(predictor: Solver, *, num_moves: int = 1, snr: Scalar = 
         order=0,
         num_evals=predictor.num_evals + num_moves,
         stochastic=True,
+        num_draws=num_draws + num_moves,
     )

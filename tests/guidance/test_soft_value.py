@@ -152,6 +152,24 @@ def test_contract(key):
     assert int(shifted.carry) == 3 and not np.allclose(shifted.x, known.x)
 
 
+def test_wrappers_draw_their_own_noise(key):
+    """No number that the inner solver draws is drawn again by a solver around it."""
+    inner = guidance.svdd(solvers.ancestral(), lambda x, t: x[:, 0], num_proposals=5)
+    asked = []
+
+    def draw(j):
+        noise = lambda j: jax.random.normal(jax.random.fold_in(key, j), (2, 2))
+        jax.debug.callback(lambda j: asked.append(int(j)), j)
+        return noise(j)
+
+    for outer in (solvers.predictor_corrector(inner, num_moves=2), guidance.repeated(inner, 3)):
+        c = jax.tree.map(lambda a: jnp.float32(a[0]), solvers.plan(outer, VP, [0.6, 0.3, 0.1]))
+        asked.clear()
+        outer.step(lambda x, t: x, solvers.State(jnp.ones((2, 2))), c.coefficients, draw)
+        jax.effects_barrier()
+        assert len(set(asked)) == len(asked) and max(asked) < outer.num_draws
+
+
 def test_bad_input(key, unchecked):
     value = lambda x, t: x[:, 0]
     for solver, options, message in (
