@@ -16,9 +16,6 @@ the first with one set of weights. That is the hard case for every iteration; a 
 values fall faster at all but the lowest noise.
 """
 
-import importlib.util
-import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -26,67 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import Case, Variant, jitted
-from lowdim_diffusion import denoisers, networks, schedules, subspaces
+from benchmarks.peers import unets
+from lowdim_diffusion import denoisers, schedules, subspaces
 
 RANK = 10
 TOLERANCE = 1e-3
 SHAPES = {"smoke": (8, 8, 1), "small": (8, 8, 3), "medium": (16, 16, 3), "large": (32, 32, 3)}
 """n = 64, 192, 768, 3072."""
 CHANNELS = 16
-WEIGHTS = 0.15
 MAX_POWER = 400
 T: Any = 500.0
-
-
-def _config() -> dict[str, Any]:
-    return {
-        "block_out_channels": (CHANNELS, 2 * CHANNELS),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-    }
-
-
-def _torch_model(size: str) -> Any:
-    """The same network in torch, or None."""
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
-        return None
-    import diffusers  # pyright: ignore[reportMissingImports]
-    import torch  # pyright: ignore[reportMissingImports]
-    from diffusers.models import attention_processor  # pyright: ignore[reportMissingImports]
-
-    torch.manual_seed(0)
-    height, _, channels = SHAPES[size]
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in _config().items()}
-    model = diffusers.UNet2DModel(
-        sample_size=height, in_channels=channels, out_channels=channels, **options
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += WEIGHTS * torch.randn(parameter.shape)
-    for module in model.modules():
-        if isinstance(module, attention_processor.Attention):
-            module.set_processor(attention_processor.AttnProcessor())  # the fused one has no jvp
-        if isinstance(module, torch.nn.GroupNorm):  # its rule for vmap wants one piece of memory
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    return model.eval()
-
-
-def _network(size: str, model: Any) -> tuple[networks.Network, Any]:
-    if model is None:
-        net = networks.make("diffusers_unet", data_shape=SHAPES[size], **_config())
-        params = net.init(jax.random.key(0))
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        moved = [
-            a + WEIGHTS * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)
-        ]
-        return net, jax.tree.unflatten(tree, moved)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        found = networks.from_diffusers(pathlib.Path(folder), scheduler={})
-    return found.net, found.params
 
 
 class _Power(NamedTuple):
@@ -122,8 +68,8 @@ def _published(fn: Any, x: Any, key: Any, true: Any = None) -> _Power:
 
 
 def _build(size: str) -> list[Variant]:
-    model = _torch_model(size)
-    net, params = _network(size, model)
+    model = unets.torch_model(SHAPES[size], CHANNELS, forward_mode=True)
+    net, params = unets.network(SHAPES[size], CHANNELS, model)
     schedule = schedules.Discrete.from_betas(schedules.beta_table("linear"))
     key = jax.random.key(2)
     x = jax.random.normal(key, (1, *SHAPES[size]))
@@ -153,8 +99,7 @@ def _torch(model: Any, schedule: Any, x: Any, y: Any) -> list[Variant]:
     import torch  # pyright: ignore[reportMissingImports]
 
     alpha, sigma = float(schedule.alpha(T)), float(schedule.sigma(T))
-    to_torch = lambda a: torch.tensor(np.moveaxis(np.asarray(a), -1, 1))
-    point = to_torch(x)
+    point = unets.to_torch(x)
     model.requires_grad_(False)
 
     def fn(flat: Any) -> Any:
@@ -183,10 +128,7 @@ def _torch(model: Any, schedule: Any, x: Any, y: Any) -> list[Variant]:
                 break
         return squared.sqrt()
 
-    expected = to_torch(y).reshape(-1)
-    off = float((fn(flat) - expected).abs().max() / expected.abs().max())
-    if not off < 1e-4:
-        raise RuntimeError(f"the torch network is another one: its output is off by {off:.1e}")
+    unets.check_agreement("the torch network", fn(flat).reshape(point.shape), y, 1e-4)
     return [Variant("torch, whole Jacobian", dense), Variant("torch, power method", power)]
 
 

@@ -1,0 +1,80 @@
+"""Loops around a torch network: EDM's Heun, k-diffusion's DPM-Solver++(2M), diffusers' schedulers.
+
+Each function returns samples ``[b, c, h, w]`` of a discrete noise-predicting model. EDM's and
+k-diffusion's samplers want a denoiser of ``x / alpha``; it is wrapped as both libraries do it.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def denoiser(model: Any, betas: np.ndarray) -> Callable[[Any, Any], Any]:
+    """Return ``D(x, sigma)`` of a model that predicts the noise at steps of a table of betas."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    log_alphas = np.cumsum(np.log1p(-betas))
+    log_sigmas = torch.tensor(0.5 * (np.log(-np.expm1(log_alphas)) - log_alphas))
+
+    def step_of(sigma: Any) -> Any:
+        log_sigma = torch.log(sigma)
+        low = torch.searchsorted(log_sigmas, log_sigma).clamp(1, len(log_sigmas) - 1) - 1
+        weight = (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
+        return low + weight
+
+    def denoise(x: Any, sigma: Any, **_: Any) -> Any:
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)[0]
+        scale = float((1 + sigma**2) ** -0.5)
+        return x - float(sigma) * model(scale * x, step_of(sigma).float()).sample
+
+    return denoise
+
+
+def edm_heun(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
+    """Algorithm 1 of EDM, step by step, with its float64 state."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    x = x.to(torch.float64)
+    for now, after in itertools.pairwise(levels):
+        slope = (x - denoise(x.float(), now).to(torch.float64)) / now
+        ahead = x + (after - now) * slope
+        if after > 0:
+            again = (ahead - denoise(ahead.float(), after).to(torch.float64)) / after
+            ahead = x + (after - now) * (0.5 * slope + 0.5 * again)
+        x = ahead
+    return x.float()
+
+
+def k_diffusion_2m(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
+    """``k_diffusion.sampling.sample_dpmpp_2m``."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from k_diffusion import sampling  # pyright: ignore[reportMissingImports]
+
+    return sampling.sample_dpmpp_2m(denoise, x, torch.tensor(sigmas).float(), disable=True)
+
+
+def has_k_diffusion() -> bool:
+    """Return whether it is installed."""
+    return importlib.util.find_spec("k_diffusion") is not None
+
+
+def diffusers_loop(model: Any, scheduler: Any, x: Any, num_steps: int) -> Any:
+    """The loop of diffusers' pipelines."""
+    scheduler.set_timesteps(num_steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    return x
+
+
+def diffusers_scheduler(name: str, betas: np.ndarray) -> Any:
+    """Return a scheduler of diffusers that draws no noise and does not clip."""
+    import diffusers  # pyright: ignore[reportMissingImports]
+
+    options: dict[str, Any] = {"trained_betas": betas}
+    if name == "DDIMScheduler":
+        options["clip_sample"] = False
+    return getattr(diffusers, name)(**options)
