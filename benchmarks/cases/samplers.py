@@ -86,6 +86,16 @@ def _ours(denoise_fn: Any, schedule: Any, ts: Any, x: Any, solver: Any) -> Varia
     return jitted(f"{solver.name}, {len(ts) - 1} steps", run, x, units=x.shape[0])
 
 
+def _calls(denoise_fn: Any, ts: Any, nfe: int, x: Any) -> Variant:
+    """As many calls of the denoiser, and nothing else."""
+    levels = jnp.asarray(np.resize(ts[:-1], nfe), x.dtype)
+
+    def run(x: Any) -> Any:
+        return jax.lax.scan(lambda x, t: (denoise_fn(x, t), None), x, levels)[0]
+
+    return jitted(f"{nfe} bare calls", run, x, units=x.shape[0])
+
+
 def _theirs(name: str, ours: Variant, x: Any, sample: Any) -> Variant:
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -106,25 +116,26 @@ def _heun_18(size: str) -> list[Variant]:
     ts = np.asarray(schedules.times_from_sigmas(schedule, sigmas), np.float64)
     alpha = float(schedule.alpha(ts[0]))
     ours = _ours(denoise_fn, schedule, ts, x, solvers.heun())
+    variants = [ours, _calls(denoise_fn, ts, 35, x)]
     if model is None:
-        return [ours]
+        return variants
     denoise = peers.denoiser(model, BETAS)
     theirs = lambda x: peers.edm_heun(denoise, x / alpha, sigmas)
-    return [ours, _theirs("torch, EDM's loop", ours, x, theirs)]
+    return [*variants, _theirs("torch, EDM's loop", ours, x, theirs)]
 
 
 def _dpmpp_20(size: str) -> list[Variant]:
     """DPM-Solver++(2M)."""
     model, denoise_fn, schedule, x = _unet(size)
-    if model is None:
-        ts = np.append(np.linspace(1000, 50, 20).round(), 0.0)
-        return [_ours(denoise_fn, schedule, ts, x, solvers.dpmpp_2m())]
-    scheduler = peers.diffusers_scheduler("DPMSolverMultistepScheduler", BETAS)
-    scheduler.set_timesteps(20)
-    ts = np.append(scheduler.timesteps.numpy() + 1.0, 0.0)
+    # Twenty of diffusers' evenly spaced steps; its first one is 999, counted from 0.
+    ts = np.append(np.linspace(0, 999, 21).round()[:0:-1] + 1, 0.0)
     ours = _ours(denoise_fn, schedule, ts, x, solvers.dpmpp_2m())
+    variants = [ours, _calls(denoise_fn, ts, 20, x)]
+    if model is None:
+        return variants
+    scheduler = peers.diffusers_scheduler("DPMSolverMultistepScheduler", BETAS)
     loop = lambda x: peers.diffusers_loop(model, scheduler, x, 20)
-    variants = [ours, _theirs("torch, diffusers", ours, x, loop)]
+    variants.append(_theirs("torch, diffusers", ours, x, loop))
     if peers.has_k_diffusion():
         levels = np.asarray(schedules.noise_levels(schedule, ts[:-1]), np.float64)
         sigmas, denoise = np.append(levels, 0.0), peers.denoiser(model, BETAS)
@@ -139,11 +150,12 @@ def _ddim_50(size: str) -> list[Variant]:
     model, denoise_fn, schedule, x = _unet(size)
     ts = np.append(np.arange(980, -1, -20) + 1.0, 0.0)
     ours = _ours(denoise_fn, schedule, ts, x, solvers.ddim())
+    variants = [ours, _calls(denoise_fn, ts, 50, x)]
     if model is None:
-        return [ours]
+        return variants
     scheduler = peers.diffusers_scheduler("DDIMScheduler", BETAS)
     loop = lambda x: peers.diffusers_loop(model, scheduler, x, 50)
-    return [ours, _theirs("torch, diffusers", ours, x, loop)]
+    return [*variants, _theirs("torch, diffusers", ours, x, loop)]
 
 
 CASES = [
