@@ -232,7 +232,7 @@ def compare(
                 grids = usual_grids(schedule, num_steps, target.t_min, clean=target.clean)
 
                 @jax.jit
-                def errors(ts: Any, x_T: Any, solver: solvers.Solver = solver) -> Any:
+                def errors(ts: Any, x_T: Any, data: Any, solver: solvers.Solver = solver) -> Any:
                     def one(ts: Any) -> Any:
                         start = target.data.shape if solver.stochastic else x_T
                         made = sampling.sample(
@@ -240,13 +240,14 @@ def compare(
                         ).x
                         if solver.stochastic:
                             made = made / target.scale()
-                            return sliced_distance(made, target.data, directions)
+                            return sliced_distance(made, data, directions)
                         error = (made - reference) / target.scale()
                         return jnp.sqrt(jnp.mean(error**2) * dim)
 
                     return jax.lax.map(one, ts)
 
-                found = errors(jnp.stack([jnp.asarray(ts) for ts in grids.values()]), target.x_T)
+                every = jnp.stack([jnp.asarray(ts) for ts in grids.values()])
+                found = errors(every, target.x_T, target.data)
                 for grid, error in zip(grids, found.tolist(), strict=True):
                     row = {"target": target.name, "family": family, "solver": name, "grid": grid}
                     row |= {"budget": nfe, "num_steps": num_steps, "nfe": cost}
