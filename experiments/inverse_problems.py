@@ -63,8 +63,8 @@ DATA_STD = (7.5 / DIM) ** 0.5
 MMPS_ITERS = 5
 
 
-OF_IMAGES = ("MMPS", "PiGDM", "DPS", "DDNM", "DDS", "replacement x 10")
-OF_POSTERIOR = (*OF_IMAGES, "replacement", "ReSample", "DDS as denoiser", "no guidance")
+OF_IMAGES = ("MMPS, 1 iteration", "PiGDM", "DPS", "DDNM", "DDS", "replacement x 10")
+OF_POSTERIOR = ("MMPS", *OF_IMAGES[1:], "replacement", "ReSample", "DDS as denoiser", "no guidance")
 
 
 class Preset(NamedTuple):
@@ -148,8 +148,8 @@ def _pigdm(s: Setting) -> dict[str, Any]:
     return {"correct": guidance.pigdm(s.denoise_fn, s.schedule, s.operator, s.y, **levels)}
 
 
-def _mmps(s: Setting) -> dict[str, Any]:
-    options = {"noise_std": s.noise_std, "num_iters": MMPS_ITERS}
+def _mmps(s: Setting, num_iters: int = MMPS_ITERS) -> dict[str, Any]:
+    options = {"noise_std": s.noise_std, "num_iters": num_iters}
     return {"denoise_fn": guidance.mmps(s.denoise_fn, s.schedule, s.operator, s.y, **options)}
 
 
@@ -163,6 +163,7 @@ def _replacement(s: Setting, repeats: int = 1) -> dict[str, Any]:
 
 METHODS = {
     "MMPS": Method(_mmps, vjps=MMPS_ITERS + 1),
+    "MMPS, 1 iteration": Method(functools.partial(_mmps, num_iters=1), vjps=2),
     "PiGDM": Method(_pigdm, 1, 1),
     "DPS": Method(_dps, 1, 1),
     "DDNM": Method(lambda s: {"correct": _ddnm(s)}),

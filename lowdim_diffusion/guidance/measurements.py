@@ -113,7 +113,7 @@ def mmps(
     y: ArrayLike,
     *,
     noise_std: Scalar = 0.0,
-    num_iters: int = 3,
+    num_iters: int = 1,
 ) -> DenoiseFn:
     r"""Return the denoiser guided by moment matching: x_0 given x_t with Tweedie's covariance.
 
@@ -122,6 +122,8 @@ def mmps(
 
     solved by conjugate gradients whose products with V are vector-Jacobian products. The posterior
     mean itself for Gaussian data of any covariance, with as many iterations as V has eigenvalues.
+    The Jacobian of a network is only nearly symmetric, for which conjugate gradients are not made:
+    there one iteration is safe, and five may diverge. Look at the misfit.
 
     Args:
         denoise_fn: the prior.
@@ -129,7 +131,7 @@ def mmps(
         operator: A.
         y: ``[b, *measurement]``.
         noise_std: s >= 0.
-        num_iters: conjugate gradients, each one vector-Jacobian product.
+        num_iters: conjugate gradients, each one vector-Jacobian product; a handful if J is exact.
 
     References:
         Rozet, Andry, Lanusse, Louppe 2024, arXiv 2405.13712, section 3.2.
