@@ -86,7 +86,7 @@ class Preset(NamedTuple):
 PRIORS = ("mixture", "Gaussian")
 PRESETS = {
     "smoke": Preset(("MMPS", "DDS", "no guidance"), PRIORS[:1], (0.1,), 4, 16, 5, 20, 30, 3, 5),
-    "cpu": Preset(OF_POSTERIOR, PRIORS, (0.0, 0.1, 0.5), 16, 64, 100, 300, 3000, 8, 100),
+    "cpu": Preset(OF_POSTERIOR, PRIORS, (0.0, 0.1, 0.5), 16, 64, 100, 300, 3000, 8, 50),
     "paper": Preset(
         OF_POSTERIOR, PRIORS, (0.0, 0.02, 0.1, 0.5), 200, 256, 1000, 300, 20000, 16, 1000
     ),
