@@ -135,6 +135,8 @@ def sample(
     if not isinstance(remat, bool):
         check_int("sample", "remat", remat, fix="an integer k keeps every k-th state")
     given = shape_or_x_T if isinstance(shape_or_x_T, State) else None
+    if given is not None:
+        _check_state(solver, given)
     shape, x = start_of(shape_or_x_T if given is None else given.x)
     index = _indices(index, shape[0])
     if x is None:
@@ -289,6 +291,18 @@ def _check_save(save: Any) -> None:
     elif save not in ("final", "all", "denoised"):
         choices = "'final', 'all', 'denoised' or an integer k >= 1"
         raise fail("sample", "unknown save", choices, repr(save))
+
+
+def _check_state(solver: Solver, given: State) -> None:
+    expected = jax.eval_shape(solver.init, given.x)
+    same = jax.tree.structure(expected) == jax.tree.structure(given) and all(
+        a.shape == jnp.shape(b)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(given), strict=True)
+    )
+    if not same:
+        fix = "start from a state that invert returned for this solver, or from its array x"
+        what = "the start is not a state of this solver"
+        raise fail("sample", what, f"what {solver.name} remembers", given.history, fix)
 
 
 def _num_kept(num_steps: int, every: int) -> int:

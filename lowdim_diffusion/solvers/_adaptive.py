@@ -25,14 +25,14 @@ def integrate(
     tolerance. If ``MAX_STEPS`` steps, accepted and refused, do not get there, the solution is NaN.
     """
     try:
-        import diffrax  # pyright: ignore[reportMissingImports]
+        import diffrax
     except ImportError:
         raise ModuleNotFoundError(
             f"{where}: steps that adapt need diffrax, which is not installed: "
             "pip install 'lowdim-diffusion[diffrax]'"
         ) from None
     found = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda u, y, args: field(u, y)),
+        diffrax.ODETerm(lambda u, y, args: field(jnp.asarray(u), y)),
         diffrax.Tsit5(),
         first,
         last,

@@ -259,7 +259,12 @@ def test_new_numbers_do_not_retrace():
     assert static._cache_size() == 1
 
 
-@for_solvers("ancestral")
+EVERY = [
+    pytest.param(s, id=name) if name == "ancestral" else slow(s, name) for name, s in ALL.items()
+]
+
+
+@pytest.mark.parametrize("solver", EVERY)
 def test_vmap_over_runs_equals_a_loop(solver):
     keys = jax.random.split(jax.random.key(3), 3)
     run = lambda k: sample(k, solver=solver, save=3).trajectory
@@ -267,9 +272,9 @@ def test_vmap_over_runs_equals_a_loop(solver):
     np.testing.assert_allclose(together, [one(k) for k in keys], rtol=1e-4, atol=1e-4)
 
 
-def test_runs_under_pmap(key):
+@pytest.mark.parametrize("solver", EVERY)
+def test_runs_under_pmap(solver, key):
     index = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
-    solver = ALL["ancestral"]
     parts = jax.pmap(lambda i: sample(key, (2, 3), solver=solver, index=i).x)(index)
     whole = draw(key, (8, 3), solver=solver).x
     np.testing.assert_allclose(parts.reshape(8, 3), whole, rtol=1e-5, atol=1e-6)
@@ -451,6 +456,8 @@ def test_other_errors(key):
     with pytest.raises(TypeError, match="floating array"):
         sample(key, jnp.ones((6, 3), jnp.int32))
     x_0 = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="the start is not a state of this solver: expected what"):
+        sample(key, solvers.State(x_0), solver=ALL["dpmpp_2m"])
     with pytest.raises(ValueError, match=r"invert: the solver draws noise: .*got ancestral"):
         sampling.invert(white, VE, TS, x_0, solver=ALL["ancestral"])
     with pytest.raises(ValueError, match="invert: ts must decrease"):
