@@ -247,6 +247,7 @@ def test_the_noise_slope_from_a_denoiser(key):
 # ------------------------------------------------------------------ adaptive steps
 
 
+@pytest.mark.slow
 def test_adaptive_steps_reach_the_tolerance(g8, x64):
     pytest.importorskip("diffrax")
     p, y = g8

@@ -152,6 +152,7 @@ def test_contract(key):
     assert int(shifted.carry) == 3 and not np.allclose(shifted.x, known.x)
 
 
+@pytest.mark.slow
 def test_wrappers_draw_their_own_noise(key):
     """No number that the inner solver draws is drawn again by a solver around it."""
     inner = guidance.svdd(solvers.ancestral(), lambda x, t: x[:, 0], num_proposals=5)

@@ -76,6 +76,7 @@ def temporary_bytes(num_steps, way):
     return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_a_gradient():
     """Growth from 25 to 100 steps, in states."""
     state = 4 * BATCH * DIM
@@ -219,7 +220,9 @@ def test_adjoint_errors(key):
 # ------------------------------------------------------------------ steps that adapt
 
 
-@pytest.mark.parametrize("schedule", [VE, FLOW], ids=["ve", "flow"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow", marks=pytest.mark.slow)]
+)
 def test_adaptive_steps_follow_the_exact_flow(schedule, key, x64):
     pytest.importorskip("diffrax")
     var = jnp.array([2.0, 0.5, 0.0])

@@ -197,7 +197,7 @@ def test_nfe_is_the_number_of_calls(name, key):
 # ------------------------------------------------------------------ tracing and transformations
 
 
-QUICK = ("ddim_half", "heun_churn", "dpmpp_2m", "deis_3", "dpm_3", "unipc_2", "bdia", "sde_heun")
+QUICK = ("ddim_half", "heun_churn", "dpmpp_2m", "unipc_2", "sde_heun")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,13 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "limit"), LIMITS, ids=[f"{s.name}{z:.2f}" for s, z in LIMITS])
+@pytest.mark.parametrize(
+    ("solver", "limit"),
+    [
+        pytest.param(s, z, id=f"{s.name}{z:.2f}", marks=() if i in (1, 6) else pytest.mark.slow)
+        for i, (s, z) in enumerate(LIMITS)
+    ],
+)
 def test_limit_of_stability(solver, limit, x64):
     ts = np.linspace(60.0, 50.0, 11)  # VE: t is rho, and all steps are of length 1
     plan = solvers.plan(solver, VE, ts)

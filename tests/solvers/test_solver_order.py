@@ -21,13 +21,14 @@ MULTISTEP = {
     **{f"deis_{order}": solvers.deis(order) for order in (2, 3, 4)},
     **{f"adams_bashforth_{order}": solvers.adams_bashforth(order) for order in (2, 3)},
 }
-# Every solver on one schedule, and some on all of them; the rest is slow.
+# By default some on one schedule, and three on more; all others are slow.
 ODE_CASES = [
     pytest.param(
         name,
         schedule,
         marks=()
-        if (name in ("euler", "heun", "dpmpp_2m") and schedule != "cosine") or schedule == "ve"
+        if (name in ("euler", "heun", "dpmpp_2m") and schedule != "cosine")
+        or (name in ("midpoint", "unipc_3", "ghvb_2", "bdia", "edict") and schedule == "ve")
         else pytest.mark.slow,
     )
     for name in DETERMINISTIC
@@ -37,7 +38,9 @@ WEAK_CASES = [
     pytest.param(
         name,
         schedule,
-        marks=() if name == "ancestral" or schedule == "vp" else pytest.mark.slow,
+        marks=()
+        if schedule == "vp" and name in ("ancestral", "dpmpp_2m_sde", "sde_heun", "euler_maruyama")
+        else pytest.mark.slow,
     )
     for name in every_solver.STOCHASTIC
     if name != "langevin"  # its moves are not affine in x
