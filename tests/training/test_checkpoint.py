@@ -665,7 +665,7 @@ def test_kill_at_random_instants(program, tmp_path):
         if not line:
             pytest.fail(process.communicate()[1])
         assert int(line.split()[1]) == newest
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while cp.all_steps(root)[-1:] in ([], [newest]) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.5))
