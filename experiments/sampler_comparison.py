@@ -32,7 +32,7 @@ from lowdim_diffusion import distributions, linalg, reporting, sampling, schedul
 from lowdim_diffusion.cli import build
 from lowdim_diffusion.cli import main as lowdim
 from lowdim_diffusion.cli.loading import load_run
-from lowdim_diffusion.sampling.search import accurate_ends, usual_grids
+from lowdim_diffusion.sampling.search import accurate_ends, steps_for, usual_grids
 
 SOLVERS: dict[str, dict[str, solvers.Solver]] = {
     "one step": {
@@ -181,13 +181,6 @@ def families(preset: Preset) -> dict[str, dict[str, solvers.Solver]]:
     """Return the solvers that are compared, by family."""
     few = lambda members: dict(itertools.islice(members.items(), preset.per_family))
     return {family: few(members) for family, members in SOLVERS.items()}
-
-
-def steps_for(solver: solvers.Solver, nfe: int, clean: bool) -> tuple[int, int]:
-    """Return how many steps ``nfe`` pays for, and what they cost; a clean end costs 1."""
-    short = clean and solver.num_evals > 1 and solver.undo is None
-    num_steps = (nfe - short) // solver.num_evals + short
-    return num_steps, (num_steps - short) * solver.num_evals + short
 
 
 def sliced_distance(x: jax.Array, y: jax.Array, directions: jax.Array) -> jax.Array:

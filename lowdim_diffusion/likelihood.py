@@ -35,15 +35,14 @@ from lowdim_diffusion._checks import (
     check_choice,
     check_int,
     check_range,
-    check_shape,
     fail,
     is_concrete,
 )
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, Scalar, Schedule
 from lowdim_diffusion.linalg import expand_right, log_2pi
-from lowdim_diffusion.sharding import example_keys, vary_like
+from lowdim_diffusion.sharding import example_index, example_keys, vary_like
 from lowdim_diffusion.solvers._adaptive import integrate
-from lowdim_diffusion.solvers._base import check_grid, denoise_once, floating, on_host
+from lowdim_diffusion.solvers._base import cast, check_grid, denoise_once, floating, on_host
 
 __all__ = [
     "LogProbResult",
@@ -177,10 +176,10 @@ def log_prob(
     batch, dim = x.shape[0], math.prod(x.shape[1:])
     count = num_steps if ts is None and tol is None else None
     ts = _times(where, schedule, ts, t_min, t_max)
-    c = _cast(on_host(_levels(count), schedule, ts), x.dtype)
+    c = cast(on_host(_levels(count), schedule, ts), x.dtype)
     probes = None
     if trace == "hutchinson":
-        probes = _probes(key, _indices(where, index, batch), num_probes, probe, x)
+        probes = _probes(key, example_index(where, index, batch), num_probes, probe, x)
     if tol is None:
         y, total, nfe = _flow(denoise_fn, c, x, probes, chunk)
     else:
@@ -232,10 +231,6 @@ def _levels(num_steps: int | None) -> Callable[[Schedule, Array], _Levels]:
         return _Levels(t, schedule.alpha(t), jnp.exp(places))
 
     return levels
-
-
-def _cast(c: _Levels, dtype: Any) -> _Levels:
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), c)
 
 
 def _flow(
@@ -415,10 +410,10 @@ def elbo(
     x = floating(where, x_0)
     batch, dim = x.shape[0], math.prod(x.shape[1:])
     ts = _times(where, schedule, None, t_min, t_max)
-    c = _cast(on_host(_levels(None), schedule, ts), x.dtype)
+    c = cast(on_host(_levels(None), schedule, ts), x.dtype)
     rho_0, rho_T = c.rho[0, 0], c.rho[-1, -1]
     width = jnp.arccosh(rho_T / rho_0) / num_levels
-    keys = example_keys(key, _indices(where, index, batch))
+    keys = example_keys(key, example_index(where, index, batch))
     wide = lambda a: expand_right(a, x.ndim)
     dot = lambda a, b: jnp.sum((a * b).reshape(batch, dim), axis=1)
     alone = denoise_once(where, denoise_fn, c.alpha[0, 0] * x, c.t[0, 0]) - x
@@ -518,7 +513,7 @@ def dequantize(
     """
     x = floating("dequantize", x_0)
     width = _bin_width("dequantize", levels, data_range)
-    keys = example_keys(key, _indices("dequantize", index, x.shape[0]))
+    keys = example_keys(key, example_index("dequantize", index, x.shape[0]))
     draw = lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -0.5, 0.5)
     return x + width * jax.vmap(draw)(keys)
 
@@ -585,13 +580,6 @@ def _normal(y: Array, std: Array) -> Array:
     """Log-density of ``N(0, std^2 I)``."""
     y = y.reshape(y.shape[0], -1)
     return -0.5 * jnp.sum((y / std) ** 2 + log_2pi() + 2 * jnp.log(std), axis=1)
-
-
-def _indices(where: str, index: Array | None, batch: int) -> Array:
-    if index is None:
-        return jnp.arange(batch, dtype=jnp.int32)
-    check_shape(where, "index", index, (batch,), "give one global index per example")
-    return index
 
 
 def _probes(key: PRNGKey, index: Array, num_probes: int, kind: str, x: Array) -> Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowdim_diffusion._checks import fail
+from lowdim_diffusion._checks import check_shape, fail
 from lowdim_diffusion._types import Array, Int, Key, PRNGKey, PyTree
 
 AXIS = "data"
@@ -24,6 +24,7 @@ __all__ = [
     "check_batch",
     "cores_as_devices",
     "data_mesh",
+    "example_index",
     "example_keys",
     "local_index",
     "replicate",
@@ -105,6 +106,18 @@ def check_batch(batch_size: int, num_devices: int) -> None:
             f"batch size {batch_size}",
             f"try {below + num_devices}" + (f" or {below}" if below else ""),
         )
+
+
+def example_index(where: str, index: Array | None, batch: int) -> Int[Array, " b"]:
+    """Return the global indices of a batch's examples: those given, by default ``arange(batch)``.
+
+    Raises:
+        ValueError: if there are not as many as examples.
+    """
+    if index is None:
+        return jnp.arange(batch, dtype=jnp.int32)
+    check_shape(where, "index", index, (batch,), "give one global index per example")
+    return index
 
 
 def example_keys(key: PRNGKey, index: Int[Array, " b"]) -> Key[Array, " b"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from g8 import mixture
 
 from lowdim_diffusion import distributions, likelihood, schedules
 from lowdim_diffusion.linalg import random_frames
@@ -20,10 +21,7 @@ DISCRETE = schedules.Discrete.from_betas(schedules.beta_table())
 def g8():
     """Fixture G8: two rank-2 components in eight dimensions with a floor, 64 points at 1e-3."""
     with jax.enable_x64(True):
-        bases = random_frames(jax.random.key(0), 2, 8, 2, dtype=jnp.float64)
-        means = jnp.stack([0.6 * bases[0, :, 0], -0.6 * bases[0, :, 0]])
-        scales = [[1.0, 0.5], [0.5**0.5, 0.5**0.5]]
-        p = distributions.MoLRG(bases, means=means, scales=scales, noise_std=0.1)
+        p = mixture()
         x, _ = p.sample(jax.random.key(1), 64)
         return p, x + 1e-3 * jax.random.normal(jax.random.key(2), x.shape)
 

@@ -1,16 +1,10 @@
-"""What runs share: coefficients in the dtype of the start, and a scan that recomputes."""
+"""A scan whose gradient recomputes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from lowdim_diffusion.solvers import Plan
-
-
-def cast(made: Plan, dtype: Any) -> Plan:
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), made)
 
 
 def scan(

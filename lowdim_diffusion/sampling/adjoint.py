@@ -26,9 +26,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from lowdim_diffusion._checks import fail
 from lowdim_diffusion._types import Array, ArrayLike, DenoiseFn, Float, Schedule
-from lowdim_diffusion.sampling._common import cast
 from lowdim_diffusion.solvers import Solver, State, ends_clean, plan
-from lowdim_diffusion.solvers._base import check_grid, floating, is_clean, on_host
+from lowdim_diffusion.solvers._base import cast, check_grid, floating, is_clean, on_host
 
 __all__ = ["sample_adjoint"]
 

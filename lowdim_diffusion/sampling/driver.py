@@ -14,10 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lowdim_diffusion._checks import check_int, check_shape, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Int, PRNGKey, PyTree, Schedule
-from lowdim_diffusion.sampling._common import cast, scan
-from lowdim_diffusion.sharding import AXIS, check_batch, example_keys
+from lowdim_diffusion.sampling._common import scan
+from lowdim_diffusion.sharding import AXIS, check_batch, example_index, example_keys
 from lowdim_diffusion.solvers import CorrectFn, Solver, State, ends_clean, plan
-from lowdim_diffusion.solvers._base import check_grid, floating
+from lowdim_diffusion.solvers._base import cast, check_grid, floating
 
 __all__ = ["SampleResult", "initial_noise", "sample", "sample_batched"]
 
@@ -64,7 +64,7 @@ def initial_noise(
         dtype: floating dtype; default that of Python floats in jax.
     """
     dtype = jnp.result_type(float) if dtype is None else dtype
-    keys = example_keys(key, _indices(index, shape[0]))
+    keys = example_keys(key, example_index("sample", index, shape[0]))
     eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 0), shape[1:], dtype))(keys)
     return schedule.sigma(t).astype(dtype) * eps
 
@@ -138,7 +138,7 @@ def sample(
     if given is not None:
         _check_state(solver, given)
     shape, x = start_of(shape_or_x_T if given is None else given.x)
-    index = _indices(index, shape[0])
+    index = example_index("sample", index, shape[0])
     if x is None:
         x = initial_noise(key, schedule, jnp.asarray(ts)[0], shape, index=index)
     run = cast(plan(solver, schedule, ts), x.dtype)
@@ -320,20 +320,16 @@ def _kept_times(times: Array, save: str | int) -> Array | None:
 
 def _has_short_end(solver: Solver, schedule: Schedule, ts: Any) -> bool:
     """Whether the last step is known to reach the clean example with fewer evaluations."""
-    several = solver.num_evals > 1 and solver.undo is None
-    return several and ends_clean(schedule, ts) is True
+    return solver.short_end and ends_clean(schedule, ts) is True
 
 
 def _count_evals(solver: Solver, schedule: Schedule, ts: Any) -> int:
-    short_end = _has_short_end(solver, schedule, ts)
-    return (np.shape(ts)[0] - 1 - short_end) * solver.num_evals + short_end
+    return evals_of(solver, np.shape(ts)[0] - 1, _has_short_end(solver, schedule, ts))
 
 
-def _indices(index: Array | None, batch: int) -> Array:
-    if index is None:
-        return jnp.arange(batch, dtype=jnp.int32)
-    check_shape("sample", "index", index, (batch,), "give one global index per example")
-    return index
+def evals_of(solver: Solver, num_steps: int, short_end: bool) -> int:
+    """Return the evaluations of a run, whose last step may cost only one."""
+    return (num_steps - short_end) * solver.num_evals + short_end
 
 
 def start_of(shape_or_x_T: Any) -> tuple[tuple[int, ...], Array | None]:

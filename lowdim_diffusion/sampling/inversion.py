@@ -9,9 +9,15 @@ import numpy as np
 
 from lowdim_diffusion._checks import check_int, fail
 from lowdim_diffusion._types import Array, DenoiseFn, Float, Schedule
-from lowdim_diffusion.sampling._common import cast
-from lowdim_diffusion.solvers import Plan, Solver, State, ends_clean, euler, plan
-from lowdim_diffusion.solvers._base import check_grid, denoise_once, floating, is_clean, memoryless
+from lowdim_diffusion.solvers import Solver, State, ends_clean, euler, plan
+from lowdim_diffusion.solvers._base import (
+    cast,
+    check_grid,
+    denoise_once,
+    floating,
+    is_clean,
+    memoryless,
+)
 
 __all__ = ["invert"]
 
@@ -94,21 +100,26 @@ def invert(
         if upward.shape[0] < 2:
             return x
         coefficients = cast(plan(solver, schedule, upward), x.dtype).coefficients
-        downward = cast(plan(solver, schedule, upward[::-1]), x.dtype)
-        back = jax.tree.map(lambda a: a[::-1], (downward.coefficients, _scales(downward)))
+        inputs = coefficients, None
+        if num_iters:
+            downward = cast(plan(solver, schedule, upward[::-1]), x.dtype)
+            alpha = downward.grid.alpha
+            back = downward.coefficients, alpha[:-1] / alpha[1:]
+            inputs = coefficients, jax.tree.map(lambda a: a[::-1], back)
 
         def step(state: State, inputs: Any) -> tuple[State, None]:
-            up, (down, scale) = inputs
+            up, back = inputs
             end, state = state.x, solver.step(denoise_fn, state, up, None).state
+            if back is None:
+                return state, None
+            down, scale = back
 
             def residual(x: Array) -> Array:
                 return scale * (end - solver.step(denoise_fn, State(x), down, None).state.x)
 
-            if num_iters:
-                state = State(_fixed_point(residual, state.x, num_iters))
-            return state, None
+            return State(_fixed_point(residual, state.x, num_iters)), None
 
-        return jax.lax.scan(step, solver.init(x), (coefficients, back))[0].x
+        return jax.lax.scan(step, solver.init(x), inputs)[0].x
 
     def from_clean(x: Array) -> Array:
         t = jnp.asarray(ts[-2])
@@ -149,11 +160,6 @@ def _fixed_point(residual: Callable[[Array], Array], x: Array, num_iters: int) -
     carry = (x + first, x, first, x, square)
     x, _, _, best, best_square = jax.lax.scan(iterate, carry, length=num_iters - 1)[0]
     return jnp.where(total(residual(x) ** 2) < best_square, x, best)
-
-
-def _scales(made: Plan) -> Array:
-    """``alpha / alpha'`` of each step."""
-    return made.grid.alpha[:-1] / made.grid.alpha[1:]
 
 
 def _undo(denoise_fn: DenoiseFn, schedule: Schedule, ts: Any, end: Any, solver: Solver) -> State:

@@ -22,7 +22,7 @@ import numpy as np
 from lowdim_diffusion import schedules
 from lowdim_diffusion._checks import check_int, check_shape, fail, is_concrete
 from lowdim_diffusion._types import Array, DenoiseFn, Float, PRNGKey, Schedule
-from lowdim_diffusion.sampling.driver import sample
+from lowdim_diffusion.sampling.driver import evals_of, sample
 from lowdim_diffusion.solvers import Solver, ends_clean, heun
 from lowdim_diffusion.solvers._base import check_grid
 
@@ -224,8 +224,7 @@ def search_sampler(
     distance_fn = options.get("distance_fn") or endpoint_error
     rows = []
     for name, solver in solvers.items():
-        short = clean and solver.num_evals > 1 and solver.undo is None
-        num_steps = (nfe - short) // solver.num_evals + short
+        num_steps, cost = steps_for(solver, nfe, clean)
         if num_steps < 2:
             fix = "raise nfe or leave this solver out"
             raise fail("search_sampler", f"steps of {name}", "2 or more", num_steps, fix)
@@ -250,12 +249,24 @@ def search_sampler(
             reference=reference,
             **options,
         )
-        row = {"solver": name, "num_steps": num_steps, "start": start}
-        row["nfe"] = (num_steps - short) * solver.num_evals + short
+        row = {"solver": name, "num_steps": num_steps, "start": start, "nfe": cost}
         row |= {"given_error": float(found.given_error), "error": float(found.error)}
         rows.append((row, np.asarray(found.ts)))
     best, ts = min(rows, key=lambda pair: pair[0]["error"])
     return SamplerSearch(best["solver"], ts, [row for row, _ in rows])
+
+
+def steps_for(solver: Solver, nfe: int, clean: bool) -> tuple[int, int]:
+    """Return how many steps ``nfe`` evaluations pay for, and how many of them they take.
+
+    Args:
+        solver: the method.
+        nfe: evaluations per sample, at most.
+        clean: whether the last step goes to the clean example.
+    """
+    short_end = clean and solver.short_end
+    num_steps = (nfe - short_end) // solver.num_evals + short_end
+    return num_steps, evals_of(solver, num_steps, short_end)
 
 
 def usual_grids(

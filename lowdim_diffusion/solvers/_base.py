@@ -135,6 +135,72 @@ class Solver:
     stochastic: bool = field(default=False, metadata={"static": True})
     num_draws: int = field(default=1, metadata={"static": True})
 
+    @property
+    def short_end(self) -> bool:
+        """Whether a step known to end on the clean example costs one evaluation, not all."""
+        return self.num_evals > 1 and self.undo is None
+
+
+class Eta(NamedTuple):
+    """The setting of solvers with a noise rate."""
+
+    eta: Any
+
+
+def step_from(mean: Callable[..., StepResult]) -> Callable[..., StepResult]:
+    """Return the step that adds ``c.std`` times noise, if c has one, to what ``mean`` returns.
+
+    ``mean: (denoise_fn, state, c, correct, carry) -> StepResult`` is a method whose formula needs
+    no exception for a step onto the clean example.
+    """
+
+    def step(
+        denoise_fn: DenoiseFn,
+        state: State,
+        c: Any,
+        draw: DrawFn | None,
+        *,
+        correct: CorrectFn | None = None,
+        carry: Any = None,
+        clean: bool = False,
+    ) -> StepResult:
+        result = mean(denoise_fn, state, c, correct, carry)
+        std = getattr(c, "std", None)
+        if std is None or clean:
+            return result
+        assert draw is not None
+        x = result.state.x + std * draw(0)
+        return result._replace(state=result.state._replace(x=x))
+
+    return step
+
+
+def kernel_from(mean: Callable[..., StepResult]) -> Callable[..., Kernel]:
+    """Return the kernel of the step that :func:`step_from` makes of the same mean."""
+
+    def kernel(
+        denoise_fn: DenoiseFn,
+        state: State,
+        c: Any,
+        *,
+        correct: CorrectFn | None = None,
+        carry: Any = None,
+    ) -> Kernel:
+        result = mean(denoise_fn, state, c, correct, carry)
+        return Kernel(result.state, jnp.asarray(c.std), result.x0_hat, result.carry)
+
+    return kernel
+
+
+def carry_if(noisy: ArrayLike, later: Any, carry: Any) -> Any:
+    """Return the carry of an evaluation that has no effect unless the step's end is noisy."""
+    return jax.tree.map(lambda new, old: jnp.where(noisy, new, old), later, carry)
+
+
+def cast(numbers: PyTree, dtype: Any) -> Any:
+    """Return coefficients, or other numbers for a run, in the dtype of its examples."""
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), numbers)
+
 
 def memoryless(x: Array) -> State:
     """Return the state of a one-step solver."""

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from lowdim_diffusion._types import Array, DenoiseFn, Schedule
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
     Grid,
     Solver,
     State,
     StepResult,
     half_log_snr,
     predict,
+    step_from,
 )
 
 __all__ = ["dpmpp_2m"]
@@ -44,21 +44,16 @@ def _init(x: Array) -> State:
     return State(x, jnp.zeros_like(x))
 
 
-def _step(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    draw: DrawFn | None,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
+def _mean(
+    denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
 ) -> StepResult:
-    del draw, clean
     x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
     x = c.alpha_next * x0_hat + c.sigma_next * eps
     x = x + c.extrapolation * (x0_hat - state.history)
     return StepResult(State(x, x0_hat), x0_hat, carry)
+
+
+_step = step_from(_mean)
 
 
 def _coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coefficients:

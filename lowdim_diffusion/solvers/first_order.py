@@ -31,21 +31,24 @@ from lowdim_diffusion._types import Array, DenoiseFn, Scalar, Schedule
 from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
+    Eta,
     Grid,
-    Kernel,
     Solver,
     State,
     StepResult,
+    kernel_from,
     memoryless,
     predict,
     snr_ratio,
+    step_from,
 )
 
 __all__ = ["ancestral", "ddim", "euler"]
 
 
-class _Coefficients(NamedTuple):
+class AffineCoefficients(NamedTuple):
+    """``x' = alpha_next x0_hat + direction eps + std z``."""
+
     t: Array
     alpha: Array
     sigma: Array
@@ -54,74 +57,35 @@ class _Coefficients(NamedTuple):
     std: Any = None
 
 
-class _Eta(NamedTuple):
-    eta: Any
-
-
 class _Variance(NamedTuple):
     variance: Any
 
 
 def _mean(
-    denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
+    denoise_fn: DenoiseFn,
+    state: State,
+    c: AffineCoefficients,
+    correct: CorrectFn | None,
+    carry: Any,
 ) -> StepResult:
     x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
     return StepResult(State(c.alpha_next * x0_hat + c.direction * eps), x0_hat, carry)
 
 
-def _kernel(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-) -> Kernel:
-    mean, x0_hat, carry = _mean(denoise_fn, state, c, correct, carry)
-    return Kernel(mean, jnp.asarray(c.std), x0_hat, carry)
+affine_step, affine_kernel = step_from(_mean), kernel_from(_mean)
 
 
-def _step(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    draw: DrawFn | None,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
-) -> StepResult:
-    del draw, clean  # the formula needs no exception on the clean example
-    return _mean(denoise_fn, state, c, correct, carry)
-
-
-def _random_step(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    draw: DrawFn,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
-) -> StepResult:
-    mean, x0_hat, carry = _mean(denoise_fn, state, c, correct, carry)
-    if clean:
-        return StepResult(mean, x0_hat, carry)
-    return StepResult(State(mean.x + c.std * draw(0)), x0_hat, carry)
-
-
-def _collect(grid: Grid, direction: Array, std: Array | None = None) -> _Coefficients:
+def _collect(grid: Grid, direction: Array, std: Array | None = None) -> AffineCoefficients:
     t, alpha, sigma = (g[:-1] for g in grid)
-    return _Coefficients(t, alpha, sigma, grid.alpha[1:], direction, std)
+    return AffineCoefficients(t, alpha, sigma, grid.alpha[1:], direction, std)
 
 
-def _ode_coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coefficients:
+def _ode_coefficients(settings: Any, schedule: Schedule, grid: Grid) -> AffineCoefficients:
     del settings, schedule
     return _collect(grid, grid.sigma[1:])
 
 
-def _ddim_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coefficients:
+def _ddim_coefficients(settings: Eta, schedule: Schedule, grid: Grid) -> AffineCoefficients:
     del schedule
     end = grid.sigma[1:]
     fresh = 1 - snr_ratio(grid) ** 2
@@ -129,7 +93,9 @@ def _ddim_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coeff
     return _collect(grid, direction, settings.eta * end * safe_sqrt(fresh))
 
 
-def _ancestral_coefficients(settings: _Variance, schedule: Schedule, grid: Grid) -> _Coefficients:
+def _ancestral_coefficients(
+    settings: _Variance, schedule: Schedule, grid: Grid
+) -> AffineCoefficients:
     del schedule
     start, end = grid.sigma[:-1], grid.sigma[1:]
     ratio = snr_ratio(grid)
@@ -144,7 +110,7 @@ def euler() -> Solver:
 
     The same as ``ddim(eta=0.0)``, and as Euler in ``t`` for rectified flow. Order 1.
     """
-    return Solver("euler", memoryless, _step, _ode_coefficients)
+    return Solver("euler", memoryless, affine_step, _ode_coefficients)
 
 
 def ddim(eta: Scalar = 0.0) -> Solver:
@@ -162,14 +128,14 @@ def ddim(eta: Scalar = 0.0) -> Solver:
     """
     check_range("ddim", "eta", eta, 0, 1)
     if isinstance(eta, int | float) and eta == 0:
-        return Solver("ddim", memoryless, _step, _ode_coefficients)
+        return Solver("ddim", memoryless, affine_step, _ode_coefficients)
     return Solver(
         "ddim",
         memoryless,
-        _random_step,
+        affine_step,
         _ddim_coefficients,
-        _Eta(eta),
-        _kernel,
+        Eta(eta),
+        affine_kernel,
         stochastic=True,
     )
 
@@ -190,9 +156,9 @@ def ancestral(variance: Scalar = 0.0) -> Solver:
     return Solver(
         "ancestral",
         memoryless,
-        _random_step,
+        affine_step,
         _ancestral_coefficients,
         _Variance(variance),
-        _kernel,
+        affine_kernel,
         stochastic=True,
     )

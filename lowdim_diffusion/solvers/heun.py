@@ -21,7 +21,6 @@ References:
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from lowdim_diffusion._checks import check_range
@@ -34,6 +33,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    carry_if,
     memoryless,
     predict,
 )
@@ -86,7 +86,7 @@ def _step(
     noisy = c.sigma_next > 0
     sigma = jnp.where(noisy, c.sigma_next, c.sigma)
     second, _, later = predict(denoise_fn, x, c.t_next, c.alpha_next, sigma, correct, carry)
-    carry = jax.tree.map(lambda new, old: jnp.where(noisy, new, old), later, carry)
+    carry = carry_if(noisy, later, carry)
     return StepResult(State(x + c.weight * (second - x0_hat)), x0_hat, carry)
 
 

@@ -18,7 +18,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from lowdim_diffusion._checks import check_int, check_range, fail
@@ -30,6 +29,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    carry_if,
     memoryless,
     predict,
 )
@@ -76,7 +76,7 @@ def _functions(
         (x, history), x0_hat, carry = result
         for move in range(num_moves):
             _, eps, later = predict(denoise_fn, x, c.t, c.alpha, c.sigma, correct, carry)
-            carry = jax.tree.map(lambda new, old: jnp.where(c.noisy, new, old), later, carry)
+            carry = carry_if(c.noisy, later, carry)
             x = x - c.drift * eps + c.std * draw(num_draws + move)
         return StepResult(State(x, history), x0_hat, carry)
 

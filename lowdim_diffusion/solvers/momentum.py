@@ -29,12 +29,12 @@ from lowdim_diffusion._checks import check_choice, check_range
 from lowdim_diffusion._types import Array, DenoiseFn, Scalar, Schedule
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
     Grid,
     Solver,
     State,
     StepResult,
     predict,
+    step_from,
 )
 
 __all__ = ["ghvb", "heavy_ball"]
@@ -85,17 +85,9 @@ def _functions(order: int, average_first: bool) -> tuple[Callable[..., Any], ...
     def init(x: Array) -> State:
         return State(x, (jnp.zeros_like(x),) * order)
 
-    def step(
-        denoise_fn: DenoiseFn,
-        state: State,
-        c: _Coefficients,
-        draw: DrawFn | None,
-        *,
-        correct: CorrectFn | None = None,
-        carry: Any = None,
-        clean: bool = False,
+    def mean(
+        denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
     ) -> StepResult:
-        del draw, clean  # the length is zero there
         x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
         average = lambda old, new: jnp.where(c.first, new, (1 - c.beta) * old + c.beta * new)
         if average_first:
@@ -132,7 +124,7 @@ def _functions(order: int, average_first: bool) -> tuple[Callable[..., Any], ...
             _slopes(order, beta)[known],
         )
 
-    return init, step, coefficients
+    return init, step_from(mean), coefficients
 
 
 def _solver(name: str, order: int, beta: Scalar, average_first: bool) -> Solver:

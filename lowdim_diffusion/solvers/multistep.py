@@ -47,15 +47,16 @@ from lowdim_diffusion._types import Array, DenoiseFn, Scalar, Schedule
 from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
+    Eta,
     Grid,
-    Kernel,
     Solver,
     State,
     StepResult,
     half_log_snr,
+    kernel_from,
     predict,
     snr_ratio,
+    step_from,
 )
 
 __all__ = ["adams_bashforth", "deis", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde"]
@@ -64,10 +65,6 @@ MAX_ORDER = 4
 """Beyond it the region of stability is too small for any grid in use."""
 NUM_NODES = 32
 """Of the quadrature: rounding in float64 for steps that change rho up to a thousandfold."""
-
-
-class _Eta(NamedTuple):
-    eta: Any
 
 
 class _Coefficients(NamedTuple):
@@ -98,34 +95,8 @@ def _functions(
         x = c.alpha_next * x0_hat + c.direction * eps
         for j, past in enumerate(state.history):
             x = x + c.weights[j] * (past - newest)
+        # Onto the clean example the weights are zero.
         return StepResult(State(x, (newest, *state.history)[: order - 1]), x0_hat, carry)
-
-    def step(
-        denoise_fn: DenoiseFn,
-        state: State,
-        c: _Coefficients,
-        draw: DrawFn | None,
-        *,
-        correct: CorrectFn | None = None,
-        carry: Any = None,
-        clean: bool = False,
-    ) -> StepResult:
-        result = mean(denoise_fn, state, c, correct, carry)  # its weights are zero at a clean end
-        if draw is None or clean:
-            return result
-        state = State(result.state.x + c.std * draw(0), result.state.history)
-        return StepResult(state, result.x0_hat, result.carry)
-
-    def kernel(
-        denoise_fn: DenoiseFn,
-        state: State,
-        c: _Coefficients,
-        *,
-        correct: CorrectFn | None = None,
-        carry: Any = None,
-    ) -> Kernel:
-        result = mean(denoise_fn, state, c, correct, carry)
-        return Kernel(result.state, jnp.asarray(c.std), result.x0_hat, result.carry)
 
     def coefficients(settings: Any, schedule: Schedule, grid: Grid) -> _Coefficients:
         t, alpha, sigma = (g[:-1] for g in grid)
@@ -141,7 +112,7 @@ def _functions(
         std = end * safe_sqrt(1 - power**2)
         return _Coefficients(t, alpha, sigma, alpha_next, end * power, weights, std)
 
-    return init, step, coefficients, kernel
+    return init, step_from(mean), coefficients, kernel_from(mean)
 
 
 class Nodes(NamedTuple):
@@ -228,7 +199,7 @@ def _solver(name: str, order: int, of: Any, variable: Any) -> Solver:
 def _sde_solver(name: str, order: int, eta: Scalar) -> Solver:
     check_range(name, "eta", eta, 0)
     init, step, coefficients, kernel = _functions(order, "x0", "lambda", True)
-    return Solver(name, init, step, coefficients, _Eta(eta), kernel, order=2, stochastic=True)
+    return Solver(name, init, step, coefficients, Eta(eta), kernel, order=2, stochastic=True)
 
 
 def deis(order: int = 3) -> Solver:

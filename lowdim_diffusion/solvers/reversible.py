@@ -23,12 +23,12 @@ from lowdim_diffusion._checks import check_range
 from lowdim_diffusion._types import Array, DenoiseFn, Scalar, Schedule
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
     Grid,
     Solver,
     State,
     StepResult,
     predict,
+    step_from,
 )
 
 __all__ = ["bdia", "edict"]
@@ -76,21 +76,17 @@ def _edict_pair(x_0: Array, before: Array) -> State:
     return _pair(x_0)
 
 
-def _bdia_step(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _BdiaCoefficients,
-    draw: DrawFn | None,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
+def _bdia_mean(
+    denoise_fn: DenoiseFn, state: State, c: _BdiaCoefficients, correct: CorrectFn | None, carry: Any
 ) -> StepResult:
-    del draw, clean  # a step to the clean example is no exception, or it could not be undone
+    # A step to the clean example is no exception, or it could not be undone.
     x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
     back = c.alpha_prev * x0_hat + c.sigma_prev * eps
     x = c.alpha_next * x0_hat + c.sigma_next * eps + c.gamma * (state.history[0] - back)
     return StepResult(State(x, (state.x,)), x0_hat, carry)
+
+
+_bdia_step = step_from(_bdia_mean)
 
 
 def _bdia_undo(denoise_fn: DenoiseFn, state: State, c: _BdiaCoefficients) -> State:
@@ -121,17 +117,13 @@ def _edict_move(
     return c.signal * x0_hat + c.noise * eps, x0_hat, carry
 
 
-def _edict_step(
+def _edict_mean(
     denoise_fn: DenoiseFn,
     state: State,
     c: _EdictCoefficients,
-    draw: DrawFn | None,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
+    correct: CorrectFn | None,
+    carry: Any,
 ) -> StepResult:
-    del draw, clean
     x, (y,) = state.x, state.history
     move, x0_hat, carry = _edict_move(denoise_fn, y, c, correct, carry)
     x = c.scale * x + move
@@ -140,6 +132,9 @@ def _edict_step(
     x = c.mixing * x + (1 - c.mixing) * y
     y = c.mixing * y + (1 - c.mixing) * x
     return StepResult(State(x, (y,)), x0_hat, carry)
+
+
+_edict_step = step_from(_edict_mean)
 
 
 def _edict_undo(denoise_fn: DenoiseFn, state: State, c: _EdictCoefficients) -> State:

@@ -30,75 +30,28 @@ from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
     DrawFn,
+    Eta,
     Grid,
-    Kernel,
     Solver,
     State,
     StepResult,
+    carry_if,
     memoryless,
     predict,
 )
+from lowdim_diffusion.solvers.first_order import AffineCoefficients, affine_kernel, affine_step
 
 __all__ = ["euler_maruyama", "sde_heun"]
 
 
-class _Eta(NamedTuple):
-    eta: Any
-
-
-class _Coefficients(NamedTuple):
-    """``x' = signal x0_hat + noise eps + std z``."""
-
-    t: Array
-    alpha: Array
-    sigma: Array
-    signal: Array
-    noise: Array
-    std: Array
-
-
 class _HeunCoefficients(NamedTuple):
-    first: _Coefficients
+    first: AffineCoefficients
     noisy: Array
     t_next: Array
     alpha_next: Array
     sigma_next: Array
     drifts: Array
     """``[num_steps, 2, 2]``: of x0_hat and eps, at the start and the end, times dt / 2."""
-
-
-def _mean(
-    denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
-) -> tuple[Array, Array, Array, Any]:
-    x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
-    return c.signal * x0_hat + c.noise * eps, x0_hat, eps, carry
-
-
-def _kernel(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-) -> Kernel:
-    mean, x0_hat, _, carry = _mean(denoise_fn, state, c, correct, carry)
-    return Kernel(State(mean), jnp.asarray(c.std), x0_hat, carry)
-
-
-def _step(
-    denoise_fn: DenoiseFn,
-    state: State,
-    c: _Coefficients,
-    draw: DrawFn,
-    *,
-    correct: CorrectFn | None = None,
-    carry: Any = None,
-    clean: bool = False,
-) -> StepResult:
-    mean, x0_hat, _, carry = _mean(denoise_fn, state, c, correct, carry)
-    x = mean if clean else mean + c.std * draw(0)
-    return StepResult(State(x), x0_hat, carry)
 
 
 def _heun_step(
@@ -111,13 +64,17 @@ def _heun_step(
     carry: Any = None,
     clean: bool = False,
 ) -> StepResult:
-    mean, x0_hat, eps, carry = _mean(denoise_fn, state, c.first, correct, carry)
+    first = c.first
+    x0_hat, eps, carry = predict(
+        denoise_fn, state.x, first.t, first.alpha, first.sigma, correct, carry
+    )
+    x = first.alpha_next * x0_hat + first.direction * eps
     if clean:
-        return StepResult(State(mean), x0_hat, carry)
-    x = mean + c.first.std * draw(0)
+        return StepResult(State(x), x0_hat, carry)
+    x = x + first.std * draw(0)
     at_end = (c.t_next, c.alpha_next, c.sigma_next)
     x0_end, eps_end, later = predict(denoise_fn, x, *at_end, correct, carry)
-    carry = jax.tree.map(lambda new, old: jnp.where(c.noisy, new, old), later, carry)
+    carry = carry_if(c.noisy, later, carry)
     x = x + (c.drifts[1, 0] * x0_end + c.drifts[1, 1] * eps_end)
     x = x - (c.drifts[0, 0] * x0_hat + c.drifts[0, 1] * eps)
     return StepResult(State(x), x0_hat, carry)
@@ -133,12 +90,12 @@ def _drift(schedule: Schedule, t: Array, eta: Any) -> tuple[Array, Array, Array]
     return alpha_dot, sigma_dot + spread, 2 * sigma * spread
 
 
-def _coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coefficients:
+def _coefficients(settings: Eta, schedule: Schedule, grid: Grid) -> AffineCoefficients:
     t, alpha, sigma = (g[:-1] for g in grid)
     dt = jnp.diff(grid.t)
     noisy = grid.sigma[1:] > 0
     signal, noise, variance = _drift(schedule, t, settings.eta)
-    return _Coefficients(
+    return AffineCoefficients(
         t,
         alpha,
         sigma,
@@ -148,7 +105,7 @@ def _coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _Coefficien
     )
 
 
-def _heun_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _HeunCoefficients:
+def _heun_coefficients(settings: Eta, schedule: Schedule, grid: Grid) -> _HeunCoefficients:
     t, alpha, sigma = (g[:-1] for g in grid)
     t_next, alpha_next, sigma_next = (g[1:] for g in grid)
     noisy = sigma_next > 0
@@ -157,7 +114,7 @@ def _heun_coefficients(settings: _Eta, schedule: Schedule, grid: Grid) -> _HeunC
     eta = jnp.where(alpha > 0, settings.eta, 0)
     start, end = _drift(schedule, t, eta), _drift(schedule, t_next, eta)
     dt = jnp.diff(grid.t)
-    first = _Coefficients(
+    first = AffineCoefficients(
         t,
         alpha,
         sigma,
@@ -182,7 +139,13 @@ def euler_maruyama(eta: Scalar = 1.0) -> Solver:
     """
     check_range("euler_maruyama", "eta", eta, 0)
     return Solver(
-        "euler_maruyama", memoryless, _step, _coefficients, _Eta(eta), _kernel, stochastic=True
+        "euler_maruyama",
+        memoryless,
+        affine_step,
+        _coefficients,
+        Eta(eta),
+        affine_kernel,
+        stochastic=True,
     )
 
 
@@ -204,7 +167,7 @@ def sde_heun(eta: Scalar = 1.0) -> Solver:
         memoryless,
         _heun_step,
         _heun_coefficients,
-        _Eta(eta),
+        Eta(eta),
         order=2,
         num_evals=2,
         stochastic=True,

@@ -21,7 +21,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,6 +33,7 @@ from lowdim_diffusion.solvers._base import (
     Solver,
     State,
     StepResult,
+    carry_if,
     half_log_snr,
     memoryless,
     predict,
@@ -85,7 +85,7 @@ def _step(
         if k == stages - 1:
             return StepResult(State(x), x0_hat, carry)
         _, later, new = predict(denoise_fn, x, c.t[k], c.alpha[k], c.sigma[k], correct, carry)
-        carry = jax.tree.map(lambda new, old: jnp.where(c.noisy, new, old), new, carry)
+        carry = carry_if(c.noisy, new, carry)
         differences.append(later - eps)
     raise AssertionError("a step has a last stage")
 

@@ -25,13 +25,13 @@ from lowdim_diffusion._checks import check_choice
 from lowdim_diffusion._types import Array, DenoiseFn, Schedule
 from lowdim_diffusion.solvers._base import (
     CorrectFn,
-    DrawFn,
     Grid,
     Solver,
     State,
     StepResult,
     half_log_snr,
     predict,
+    step_from,
 )
 from lowdim_diffusion.solvers.multistep import data_nodes, lagrange_weights, past_weights
 
@@ -66,17 +66,9 @@ def _functions(order: int, variant: str) -> tuple[Callable[..., Any], ...]:
     def init(x: Array) -> State:
         return State(x, _History(x, (jnp.zeros_like(x),) * order))
 
-    def step(
-        denoise_fn: DenoiseFn,
-        state: State,
-        c: _Coefficients,
-        draw: DrawFn | None,
-        *,
-        correct: CorrectFn | None = None,
-        carry: Any = None,
-        clean: bool = False,
+    def mean(
+        denoise_fn: DenoiseFn, state: State, c: _Coefficients, correct: CorrectFn | None, carry: Any
     ) -> StepResult:
-        del draw, clean  # the weights are zero there
         x0_hat, eps, carry = predict(denoise_fn, state.x, c.t, c.alpha, c.sigma, correct, carry)
         euler, past = state.history
         others = (x0_hat, *past[1:])
@@ -117,7 +109,7 @@ def _functions(order: int, variant: str) -> tuple[Callable[..., Any], ...]:
         correcting = jnp.roll(correcting, 1, axis=0).at[0].set(0)
         return _Coefficients(t, alpha, sigma, alpha_next, sigma_next, predicting, correcting)
 
-    return init, step, coefficients
+    return init, step_from(mean), coefficients
 
 
 def unipc(order: int = 3, variant: Literal["bh1", "bh2"] = "bh2") -> Solver:

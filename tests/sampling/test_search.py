@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from g8 import starts
 
 from lowdim_diffusion import sampling, schedules, solvers
-from lowdim_diffusion.distributions import MoLRG
-from lowdim_diffusion.linalg import random_frames
 from lowdim_diffusion.sampling.search import usual_grids
 
 VE, VP, FLOW = schedules.VE(), schedules.VPLinear(), schedules.RectifiedFlow()
@@ -16,12 +15,8 @@ VE, VP, FLOW = schedules.VE(), schedules.VPLinear(), schedules.RectifiedFlow()
 @pytest.fixture(scope="module")
 def g8():
     """Fixture G8, with starts made of its own noised examples."""
-    bases = random_frames(jax.random.key(0), 2, 8, 2)
-    means = jnp.stack([0.6 * bases[0, :, 0], -0.6 * bases[0, :, 0]])
-    p = MoLRG(bases, means=means, scales=jnp.array([[1.0, 0.5], [0.5**0.5] * 2]), noise_std=0.1)
-    x_0, _ = p.sample(jax.random.key(1), 256)
-    noise = jax.random.normal(jax.random.key(2), x_0.shape)
-    return p.denoiser(VP), VP.alpha(1.0) * x_0 + VP.sigma(1.0) * noise
+    p, x_T = starts(VP, 256)
+    return p.denoiser(VP), x_T
 
 
 @pytest.mark.parametrize(

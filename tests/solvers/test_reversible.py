@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from g8 import starts
 
 from lowdim_diffusion import sampling, schedules, solvers
 from lowdim_diffusion.distributions import MoLRG
@@ -66,12 +67,7 @@ def test_edict_is_the_papers_pair_of_copies(x64):
 def g8():
     """Fixture G8 and its starts, in float64."""
     with jax.enable_x64(True):
-        bases = np.asarray(random_frames(jax.random.key(0), 2, 8, 2, dtype=jnp.float64))
-        means = np.stack([0.6 * bases[0, :, 0], -0.6 * bases[0, :, 0]])
-        p = MoLRG(bases, means=means, scales=[[1.0, 0.5], [0.5**0.5, 0.5**0.5]], noise_std=0.1)
-        x_0, _ = p.sample(jax.random.key(1), 256)
-        noise = jax.random.normal(jax.random.key(2), x_0.shape)
-        return p, VP.alpha(1.0) * x_0 + VP.sigma(1.0) * noise
+        return starts(VP, 256)
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "num_steps", "num_iters"))
