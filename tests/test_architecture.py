@@ -41,7 +41,9 @@ HEAVY = {
     "safetensors": {"networks"},
     "scipy": {"data", "subspaces"},
     "sklearn": {"subspaces"},
-    "tensorboardX": {"cli", "training"},
+    "tensorboardX": {"training/sinks.py"},
+    "wandb": {"training/sinks.py"},
+    "submitit": {"cli"},
 }
 
 

@@ -315,7 +315,7 @@ def _known_std(config: LossConfig) -> float:
 
 _FREE = {
     "data": {"path"},
-    "train": {"steps", "sample_every", "tensorboard"},
+    "train": {"steps", "sample_every", "tensorboard", "wandb", "profile"},
 }
 
 

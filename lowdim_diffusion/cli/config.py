@@ -241,6 +241,10 @@ class TrainConfig:
     """Steps between sample grids in RUN/samples; 0 draws none."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the 'tensorboard' extra)."""
+    wandb: str | None = None
+    """Also log to this project of Weights & Biases (needs the 'wandb' extra)."""
+    profile: bool = False
+    """Record a few steps with jax's profiler, into RUN/profile."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ EXTRAS = {
     "plots": {"matplotlib": "3.10", "pillow": "12"},
     "data": {"pillow": "12", "scipy": "1.15"},
     "tensorboard": {"tensorboardX": "2.6.5"},
+    "wandb": {"wandb": "0.19"},
+    "slurm": {"submitit": "1.5.2"},
     "pretrained": {"safetensors": "0.8"},
     "experiments": {"scikit-learn": "1.7"},
 }
@@ -53,6 +55,8 @@ _FOR = {
     "plots": "figures and reports",
     "data": "folders of images, .mat files",
     "tensorboard": "--train.tensorboard",
+    "wandb": "--train.wandb",
+    "slurm": "lowdim sweep --executor slurm",
     "pretrained": "networks of diffusers and EDM",
     "experiments": "spectral clustering, experiments",
 }

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lowdim_diffusion.cli import toml
@@ -64,12 +64,12 @@ def run(config: RunConfig, *, dry_run: bool = False, hints: bool = True) -> int:
 def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
     from lowdim_diffusion import training
     from lowdim_diffusion.cli import build, drawing
-    from lowdim_diffusion.training.progress import ConsoleMonitor
+    from lowdim_diffusion.training.progress import ConsoleMonitor, usage
     from lowdim_diffusion.training.rundir import RunDirectory
     from lowdim_diffusion.training.trainer import train
 
     config, net = parts.model.config, parts.model.net
-    sinks = [_TensorBoard(config.out)] if config.train.tensorboard else []
+    sinks = _sinks(config)
     monitor = ConsoleMonitor(unit="images" if parts.dataset.is_image else "examples")
     with RunDirectory(config.out) as directory:
         kind = mesh.devices.flat[0].device_kind
@@ -103,16 +103,16 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
             sample_fn=draw if config.train.sample_every else None,
             monitor=monitor,
             sinks=sinks,
+            profile=config.train.profile,
         )
-    for sink in sinks:
-        sink.close()
     if outcome.status == "already done":
         monitor.note(
             f"{config.out} is done already: step {outcome.first_step} of {config.train.steps}; "
             "a larger --train.steps trains on"
         )
         return ExitCode.DONE
-    rate = f"{outcome.images_per_s:,.0f}/s, compiled in {outcome.compile_s:.1f} s"
+    used = [f"{outcome.images_per_s:,.0f}/s", *usage(outcome.mfu, outcome.peak_memory)]
+    rate = ", ".join([*used, f"compiled in {outcome.compile_s:.1f} s"])
     if outcome.status == "stopped":
         monitor.note(f"stopped and saved ({rate}); the same command continues")
         return ExitCode.PREEMPTED
@@ -124,30 +124,30 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
     return ExitCode.DONE
 
 
-class _TensorBoard:
-    """A sink of metrics rows that writes TensorBoard events, from the first row's step on."""
+def _sinks(config: RunConfig) -> list[Any]:
+    """Return where metrics go besides ``metrics.jsonl``."""
+    import dataclasses
 
-    def __init__(self, out: str):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise CommandError(
-                "--train.tensorboard needs tensorboardX: "
-                'pip install "lowdim-diffusion[tensorboard]"'
-            ) from None
-        self._open = lambda step: SummaryWriter(os.path.join(out, "tensorboard"), purge_step=step)
-        self._writer: Any = None
+    import jax
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            self._writer = self._open(row["step"])
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, row["step"])
+    from lowdim_diffusion.training import sinks
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+    made, wanted = [], config.train
+    if jax.process_index() != 0:
+        return made
+    try:
+        package = "tensorboardX"
+        if wanted.tensorboard:
+            made.append(sinks.TensorBoard(os.path.join(config.out, "tensorboard")))
+        package = "wandb"
+        if wanted.wandb is not None:
+            made.append(sinks.WandB(config.out, wanted.wandb, dataclasses.asdict(config)))
+    except ImportError:
+        option = package.removesuffix("X")
+        raise CommandError(
+            f'--train.{option} needs {package}: pip install "lowdim-diffusion[{option}]"'
+        ) from None
+    return made
 
 
 class _Patient:

@@ -1,6 +1,6 @@
 """Training: the pure step, one-scan fits, the loop over devices, checkpoints, run directory."""
 
-from lowdim_diffusion.training import checkpoint, ema, optimizers, rundir
+from lowdim_diffusion.training import checkpoint, ema, optimizers, rundir, sinks, throughput
 from lowdim_diffusion.training.fit import fit
 from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
@@ -32,7 +32,9 @@ __all__ = [
     "make_train_step",
     "optimizers",
     "rundir",
+    "sinks",
     "sweep",
     "table",
+    "throughput",
     "train",
 ]

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from lowdim_diffusion._types import Array, Batch, PRNGKey, PyTree
 from lowdim_diffusion.sharding import AXIS, check_batch, local_index
 from lowdim_diffusion.training.step import TrainState, TrainStep
+from lowdim_diffusion.training.throughput import count_flops
 
 __all__ = ["Examples", "Loop", "Stretch", "compile_loop"]
 
@@ -36,7 +37,16 @@ class Stretch(NamedTuple):
     """Whether loss and gradient norm were finite at every step."""
 
 
-Loop: TypeAlias = Callable[[TrainState, PyTree, PRNGKey, int], Stretch]
+class Loop(NamedTuple):
+    """The compiled loop, called as ``(state, arrays, key, num_steps) -> Stretch``."""
+
+    run: Callable[[TrainState, PyTree, PRNGKey, int], Stretch]
+    flops: dict[str, float]
+    """Of one step over all devices, by dtype; see :func:`.throughput.count_flops`."""
+
+    def __call__(self, state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: int) -> Stretch:
+        """Train so many steps; the state is donated."""
+        return self.run(state, arrays, key, num_steps)
 
 
 def compile_loop(
@@ -97,7 +107,8 @@ def compile_loop(
     mapped = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     key = jax.eval_shape(lambda: jax.random.key(0))
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    program = jax.jit(mapped, donate_argnums=0).lower(state, arrays, key, steps).compile()
+    traced = jax.jit(mapped, donate_argnums=0).trace(state, arrays, key, steps)
+    program = traced.lower().compile()
 
     def loop(state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: int) -> Stretch:
         limit = jnp.asarray(min(num_steps, max_steps), jnp.int32)
@@ -105,4 +116,4 @@ def compile_loop(
         count, log, finite = jax.device_get((done, log, finite))
         return Stretch(state, int(count), {k: v[:count] for k, v in log.items()}, bool(finite))
 
-    return loop
+    return Loop(loop, count_flops(traced.jaxpr))

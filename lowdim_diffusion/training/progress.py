@@ -19,6 +19,10 @@ class Report(NamedTuple):
     """Mean over the last stretch."""
     images_per_s: float
     eta_s: float
+    mfu: float | None = None
+    """Model-FLOPs utilisation in [0, 1]; None if unknown."""
+    memory: int | None = None
+    """Peak bytes in use on a device; None if unknown."""
 
 
 @runtime_checkable
@@ -48,6 +52,17 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def usage(mfu: float | None, memory: int | None) -> list[str]:
+    """Return in words what is known of utilisation and memory.
+
+    Examples:
+        >>> usage(0.417, 3_200_000_000), usage(None, None)
+        (['42 % MFU', '3.2 GB'], [])
+    """
+    words = [] if mfu is None else [f"{100 * mfu:.0f} % MFU"]
+    return words if memory is None else [*words, f"{memory / 1e9:.1f} GB"]
 
 
 class ConsoleMonitor:
@@ -86,10 +101,9 @@ class ConsoleMonitor:
 
     def update(self, report: Report) -> None:
         """Move the bar, or print a line if the last one is old enough."""
-        text = (
-            f"loss {report.loss:.4g}  {report.images_per_s:,.0f} {self._unit}/s  "
-            f"{duration(report.eta_s)} left"
-        )
+        parts = [f"loss {report.loss:.4g}", f"{report.images_per_s:,.0f} {self._unit}/s"]
+        parts += usage(report.mfu, report.memory)
+        text = "  ".join([*parts, f"{duration(report.eta_s)} left"])
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=report.step, text=text)

@@ -5,7 +5,8 @@
     .lock          held (flock) by the process that trains; the kernel frees it, also on kill -9
     config.toml    the resolved configuration
     versions.json  packages, XLA flags and devices of the last process that trained
-    metrics.jsonl  one JSON object per row, in order of ``step``
+    metrics.jsonl  one JSON object per step, in order of ``step``
+    stats.jsonl    speed, memory and utilisation, a row every few seconds
     checkpoints/   see :mod:`lowdim_diffusion.training.checkpoint`
     samples/       pictures
     report.html    what to read
@@ -88,6 +89,8 @@ class RunDirectory:
         self.config_path = self.path / "config.toml"
         self.versions_path = self.path / "versions.json"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.stats_path = self.path / "stats.jsonl"
+        self.profile_path = self.path / "profile"
         self.checkpoints_path = self.path / "checkpoints"
         self.samples_path = self.path / "samples"
         self.report_path = self.path / "report.html"
@@ -154,6 +157,10 @@ class RunDirectory:
                 to come.
         """
         return MetricsLog(self.metrics_path, after_step=after_step, writer=self.writer)
+
+    def open_stats(self, *, after_step: int) -> "MetricsLog":
+        """Return the log of speed and memory; as :meth:`open_metrics`."""
+        return MetricsLog(self.stats_path, after_step=after_step, writer=self.writer)
 
     def _refuse_foreign(self) -> None:
         names = sorted(

@@ -5,6 +5,7 @@ was never stopped; that returning means the last step is on disk; and that a non
 becomes a checkpoint.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,9 @@ from lowdim_diffusion.training.loop import Examples, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
 from lowdim_diffusion.training.progress import Monitor, Report
 from lowdim_diffusion.training.rundir import RunDirectory, differences
+from lowdim_diffusion.training.sinks import Sink, Sinks
 from lowdim_diffusion.training.step import TrainState, TrainStep
+from lowdim_diffusion.training.throughput import PROFILE_AFTER, PROFILE_STEPS, Meter, profiled
 
 __all__ = ["NonFiniteLossError", "Outcome", "train"]
 
@@ -45,6 +48,10 @@ class Outcome(NamedTuple):
     """Time spent in the loop."""
     images_per_s: float
     compile_s: float
+    mfu: float | None = None
+    """Model-FLOPs utilisation; None on devices without a known peak."""
+    peak_memory: int | None = None
+    """Bytes on one device; None if it cannot say."""
 
 
 def train(
@@ -66,7 +73,8 @@ def train(
     sample_every: int = 0,
     sample_fn: Callable[[int, TrainState], None] | None = None,
     monitor: Monitor | None = None,
-    sinks: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+    sinks: Sequence[Sink] = (),
+    profile: bool = False,
 ) -> Outcome:
     """Train until ``num_steps`` in all, continuing what the run directory holds.
 
@@ -89,7 +97,9 @@ def train(
         sample_every: steps between calls of ``sample_fn``; 0 never calls it.
         sample_fn: ``(step, state)``.
         monitor: shows progress.
-        sinks: get every metrics row besides ``metrics.jsonl``.
+        sinks: get metrics rows besides ``metrics.jsonl``, and those of ``stats.jsonl``; closed at
+            the end. One that fails is dropped with a warning.
+        profile: record a few steps, once the run is warm, into ``profile/``.
 
     Raises:
         NonFiniteLossError: at the first non-finite loss or gradient; checkpoints stay as they were.
@@ -133,21 +143,39 @@ def train(
             log.flush()  # the rows of a checkpoint's steps are on disk before it is
             checkpointer.save(step, state, record, force=True)
 
+        def tell() -> None:
+            if row := meter.row(step):
+                stats.write(row)
+                everywhere.write([row], group="speed")
+
         step, stretch, busy_s = first, 1, 0.0
-        with run.open_metrics(after_step=first) as log:
+        meter = Meter(loop.flops, list(mesh.devices.flat), batch_size)
+        everywhere = Sinks(sinks)
+        with (
+            contextlib.closing(everywhere),
+            run.open_stats(after_step=first) as stats,
+            run.open_metrics(after_step=first) as log,
+        ):
             if monitor:
                 monitor.start(first, num_steps)
             try:
                 while step < num_steps and not stop.requested:
                     goal = _next_stop(step, num_steps, checkpoint_every, sample_every)
-                    begin = time.monotonic()
-                    out = loop(state, arrays, key, min(stretch, goal - step))
-                    spent = time.monotonic() - begin
+                    tracing = profile and step - first >= PROFILE_AFTER
+                    count = min(PROFILE_STEPS if tracing else stretch, goal - step)
+                    with profiled(run, note) if tracing else contextlib.nullcontext():
+                        begin = time.monotonic()
+                        out = loop(state, arrays, key, count)
+                        spent = time.monotonic() - begin
+                    if tracing:
+                        profile = False
+                    else:
+                        meter.add(out.num_steps, spent)
                     state, step, busy_s = out.state, step + out.num_steps, busy_s + spent
-                    for row in _rows(out.metrics, step, out.num_steps, batch_size):
+                    rows = list(_rows(out.metrics, step, out.num_steps, batch_size))
+                    for row in rows:
                         log.write(row)
-                        for sink in sinks:
-                            sink(row)
+                    everywhere.write(rows)
                     if not out.finite:
                         raise NonFiniteLossError(_bad_step(out.metrics, step, checkpointer.root))
                     checkpointer.check()
@@ -156,21 +184,26 @@ def train(
                     if monitor:
                         loss = float(out.metrics["loss"].mean())
                         left = (num_steps - step) / speed
-                        monitor.update(Report(step, num_steps, loss, speed * batch_size, left))
+                        rate, mfu, memory = speed * batch_size, meter.mfu(speed), meter.memory()
+                        monitor.update(Report(step, num_steps, loss, rate, left, mfu, memory))
                     if step % checkpoint_every == 0 or step == num_steps:
                         save(step)
                     if sample_fn and sample_every and step % sample_every == 0:
                         sample_fn(step, state)
+                    if meter.due:
+                        tell()
                 if stop.requested:
                     note(f"{stop.name} received: saving step {step}")
+                tell()
                 save(step)
                 checkpointer.wait()
             finally:
                 if monitor:
                     monitor.close()
-    rate = (step - first) * batch_size / max(busy_s, 1e-9)
+    speed = (step - first) / max(busy_s, 1e-9)
     status = "done" if step >= num_steps else "stopped"
-    return Outcome(status, state, first, busy_s, rate, compile_s)
+    found = (speed * batch_size, compile_s, meter.mfu(speed), meter.memory())
+    return Outcome(status, state, first, busy_s, *found)
 
 
 def _next_stop(step: int, num_steps: int, *everys: int) -> int:

@@ -1,7 +1,9 @@
 """The trainer resumes bit for bit, stops politely, refuses another run, keeps no bad state."""
 
+import gzip
 import json
 import signal
+import types
 
 import chex
 import jax
@@ -195,10 +197,26 @@ def test_samples_on_schedule_and_sinks(tmp_path):
         12,
         sample_every=5,
         sample_fn=lambda s, state: sampled.append(s),
-        sinks=[rows.append],
+        sinks=[types.SimpleNamespace(write=rows.append, close=lambda: rows.append({"step": None}))],
     )
     assert sampled == [5, 10]
-    assert [r["step"] for r in rows] == list(range(1, 13))
+    stats = read_metrics(tmp_path / "stats.jsonl")
+    assert [r["step"] for r in rows] == [*range(1, 13), 12, None]  # one row of speed, then closed
+    assert rows[12]["speed/images_per_s"] == stats[0]["images_per_s"] > 0
+    # Forward and backward pass of [16, 6] x [6, 6], without the derivative in x.
+    assert stats[0]["flops_per_s"] * stats[0]["step_time_s"] == pytest.approx(2 * 2 * 16 * 6 * 6)
+
+
+@pytest.mark.slow
+def test_profile_of_a_few_warm_steps_changes_nothing(tmp_path):
+    whole = run(tmp_path / "whole")
+    recorder = Recorder()
+    out = run(tmp_path / "seen", profile=True, monitor=recorder)
+    chex.assert_trees_all_equal(jax.device_get(whole.state), jax.device_get(out.state))
+    assert sum("profile of 5 steps" in note for note in recorder.notes) == 1
+    (trace,) = (tmp_path / "seen" / "profile").rglob("perfetto_trace.json.gz")
+    assert b"traceEvents" in gzip.decompress(trace.read_bytes())
+    assert list(trace.parent.glob("*.xplane.pb"))
 
 
 def test_monitor_is_told(tmp_path):
