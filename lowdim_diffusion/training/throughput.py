@@ -80,14 +80,15 @@ def count_flops(jaxpr: ClosedJaxpr | Jaxpr) -> dict[str, float]:
 
 def _count(jaxpr: Jaxpr) -> Counter[str]:
     total: Counter[str] = Counter()
-    for eqn in jaxpr.eqns:
+    eqns: Any = jaxpr.eqns
+    for eqn in eqns:
         name, out = eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
         if name == "cond":
-            branches = [_count(branch) for _, branch in _inside(eqn.params)]
+            branches = [_count(branch) for branch in _inside(eqn.params)]
             total += max(branches, key=Counter.total)
             continue
         times = {"scan": eqn.params.get("length"), "shard_map": _size(eqn.params.get("mesh"))}
-        for _, inner in _inside(eqn.params):
+        for inner in _inside(eqn.params):
             total += Counter({k: v * times.get(name, 1) for k, v in _count(inner).items()})
         shapes = [v.aval.shape for v in eqn.invars]
         flops = 0
@@ -106,14 +107,14 @@ def _count(jaxpr: Jaxpr) -> Counter[str]:
     return total
 
 
-def _inside(params: Mapping[str, Any]) -> Iterator[tuple[str, Jaxpr]]:
+def _inside(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
     """The programs inside an equation."""
-    for name, value in params.items():
+    for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr):
-                yield name, item.jaxpr
+                yield item.jaxpr
             elif isinstance(item, Jaxpr):
-                yield name, item
+                yield item
 
 
 def _size(mesh: Any) -> int:
