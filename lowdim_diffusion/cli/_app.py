@@ -18,7 +18,7 @@ COMMANDS = {
     "sample": "draw samples from a run's newest good checkpoint",
     "analyze": "measure ranks, subspaces, nearest images; write the report",
     "edit": "edit a region of images along singular vectors of the Jacobian",
-    "checkpoint": "verify a run's checkpoints, or print the digest of one",
+    "checkpoint": "list or verify a run's checkpoints, print the digest of one",
     "doctor": "say what is installed, what is missing, which devices there are",
 }
 

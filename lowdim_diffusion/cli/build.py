@@ -25,12 +25,14 @@ from lowdim_diffusion.sharding import AXIS
 __all__ = [
     "Model",
     "Parts",
+    "assumed",
     "dataset",
     "denoiser",
     "ema",
     "fixed",
     "grid",
     "guided",
+    "held_out_loss",
     "loss",
     "measured_std",
     "network",
@@ -60,8 +62,12 @@ class Parts(NamedTuple):
     """Makes the state before the first step."""
     train_step: training.TrainStep
     """Per-device step, mapped over ``sharding.AXIS``."""
+    optimizer: Any
+    """Of optax; part of ``train_step``."""
     key: Array
     """Decides batches and noise."""
+    held_out_loss: Callable[[Params], Array] | None
+    """Of the examples that are not trained on, where there are any."""
 
 
 def parts(config: RunConfig) -> Parts:
@@ -70,7 +76,7 @@ def parts(config: RunConfig) -> Parts:
     Raises:
         ValueError: for data, sizes or options that do not fit, in one line.
     """
-    loaded = dataset(config.data)
+    loaded, held_out = _datasets(config.data)
     if config.loss.data_std is None:
         measured = dataclasses.replace(config.loss, data_std=measured_std(loaded))
         config = dataclasses.replace(config, loss=measured)
@@ -93,7 +99,9 @@ def parts(config: RunConfig) -> Parts:
         accumulate=config.optim.accumulate,
     )
     init = lambda: training.init_state(net.init(init_key), optim, ema=average)
-    return Parts(Model(config, net, made), loaded, batcher, init, step, key)
+    model = Model(config, net, made)
+    score = None if held_out is None else held_out_loss(model, held_out)
+    return Parts(model, loaded, batcher, init, step, optim, key, score)
 
 
 def _given(config: Any, *names: str) -> dict[str, Any]:
@@ -103,7 +111,24 @@ def _given(config: Any, *names: str) -> dict[str, Any]:
 
 
 def dataset(config: DataConfig) -> data.Dataset:
-    """Return the examples that a config names."""
+    """Return the examples that a run with this config is trained on."""
+    return _datasets(config)[0]
+
+
+def _datasets(config: DataConfig) -> tuple[data.Dataset, data.Dataset | None]:
+    """Return the examples to train on, and those held out if there are any."""
+    loaded = _load(config)
+    if not config.held_out:
+        return loaded, None
+    if config.held_out >= loaded.num_examples:
+        raise ValueError(
+            f"--data.held-out {config.held_out} leaves nothing to train on: {loaded.name} has "
+            f"{loaded.num_examples} examples."
+        )
+    return loaded.split(loaded.num_examples - config.held_out, seed=config.seed)
+
+
+def _load(config: DataConfig) -> data.Dataset:
     common: dict[str, Any] = {
         "split": None if config.split == "train" else config.split,
         "size": config.size,
@@ -208,6 +233,33 @@ def loss(
         label_dropout=config.label_dropout,
         dropout=dropout,
     )
+
+
+def held_out_loss(model: Model, held_out: data.Dataset) -> Callable[[Params], Array]:
+    """Return ``params -> loss`` of held-out examples: one compiled call, without chance.
+
+    It is the training loss with labels and without dropout. The noise is the same at every call
+    and in every run, its levels spread evenly over the examples.
+    """
+    config, count = model.config, held_out.num_examples
+    settings = dataclasses.replace(config.loss, stratified=True, label_dropout=0.0)
+    loss_fn = loss(settings, model.net, model.schedule, count)
+    size = min(config.train.batch_size, count)
+    drawn = data.batches(held_out, size, shuffle="none")
+    index = np.arange(-(-count // size) * size, dtype=np.int32)
+
+    @jax.jit
+    def score(params: Params, arrays: Any) -> Array:
+        key = jax.random.key(0)
+
+        def part(index: Array) -> Array:
+            batch = drawn.examples(arrays, key, 0, index)
+            return loss_fn(params, batch, key)
+
+        losses = jax.lax.map(part, jax.numpy.asarray(index.reshape(-1, size)))
+        return losses.reshape(-1)[:count].mean()
+
+    return lambda params: score(params, drawn.arrays)
 
 
 def optimizer(config: OptimConfig, num_steps: int) -> Any:
@@ -315,7 +367,16 @@ def _known_std(config: LossConfig) -> float:
 
 _FREE = {
     "data": {"path"},
-    "train": {"steps", "sample_every", "tensorboard", "wandb", "profile"},
+    "train": {
+        "steps",
+        "sample_every",
+        "tensorboard",
+        "wandb",
+        "profile",
+        "on_nonfinite",
+        "max_skips",
+        "max_spike",
+    },
 }
 
 
@@ -326,15 +387,22 @@ def fixed(parts: Parts) -> dict[str, Any]:
     the devices, and where the data lie: their content counts.
     """
     model = parts.model
-    config = dataclasses.asdict(model.config)
-    kept = {
-        name: {k: v for k, v in config[name].items() if k not in _FREE.get(name, ())}
-        for name in ("data", "loss", "optim", "train")
-    }
     return {
-        **kept,
+        **assumed(model.config),
         "seed": model.config.seed,
         "model": {"name": model.net.name, **model.net.config},
         "schedule": {"name": model.config.schedule.name, **vars(model.schedule)},
         "data_sha256": parts.dataset.sha256,
+    }
+
+
+def assumed(config: RunConfig | None = None) -> dict[str, Any]:
+    """Return the options among :func:`fixed`: by default those of a run that recorded none.
+
+    A run from before an option existed counts as one with the option's default.
+    """
+    options = dataclasses.asdict(RunConfig() if config is None else config)
+    return {
+        name: {k: v for k, v in options[name].items() if k not in _FREE.get(name, ())}
+        for name in ("data", "loss", "optim", "train")
     }

@@ -1,4 +1,4 @@
-"""``lowdim checkpoint verify|digest RUN``."""
+"""``lowdim checkpoint list|verify|digest RUN``."""
 
 import json
 import pathlib
@@ -9,12 +9,14 @@ from lowdim_diffusion.cli.errors import CommandError, ExitCode
 __all__ = ["main"]
 
 _USAGE = """\
-usage: lowdim checkpoint verify RUN
+usage: lowdim checkpoint list RUN
+       lowdim checkpoint verify RUN
        lowdim checkpoint digest RUN [--step N]
 
-Check every checkpoint of a run against the digests inside it, or print the
-identity of one as a line of JSON: step, digest (sha256 over all arrays of the
-state) and sum (of |params|). Nothing is changed.
+List the checkpoints of a run with their size and held-out loss, check every
+one against the digests inside it, or print the identity of one as a line of
+JSON: step, digest (sha256 over all arrays of the state) and sum (of |params|).
+Nothing is changed.
 
 Exit code 0 if sound, 3 if no checkpoint is there or (verify) one is damaged.
 
@@ -24,6 +26,7 @@ options
   -h, --help     show this text
 
 examples
+  lowdim checkpoint list runs/digits
   lowdim checkpoint verify runs/digits
   lowdim checkpoint digest runs/digits
 """
@@ -38,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     if not root.is_dir():
         raise CommandError(f"no run directory {root}")
     inside = root / "checkpoints"
-    return (_verify if action == "verify" else _digest)(inside if inside.is_dir() else root, step)
+    run = {"list": _list, "verify": _verify, "digest": _digest}[action]
+    return run(inside if inside.is_dir() else root, step)
 
 
 def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, int | None]:
@@ -55,15 +59,33 @@ def _parse(argv: Sequence[str]) -> tuple[str, pathlib.Path, int | None]:
     for argument in rest:
         if argument.startswith("-"):
             raise CommandError(f"unknown option {argument}; lowdim checkpoint --help lists all")
-    if not rest or rest[0] not in ("verify", "digest"):
+    if not rest or rest[0] not in ("list", "verify", "digest"):
         got = repr(rest[0]) if rest else "nothing"
-        raise CommandError(f"expected 'verify' or 'digest' and a run directory, got {got}")
+        raise CommandError(f"expected 'list', 'verify' or 'digest' and a run directory, got {got}")
     if len(rest) != 2:
         got = "none" if len(rest) < 2 else ", ".join(map(repr, rest[1:]))
         raise CommandError(f"{rest[0]} takes one run directory, got {got}")
-    if step is not None and rest[0] == "verify":
-        raise CommandError("--step is for digest; verify checks every step")
+    if step is not None and rest[0] != "digest":
+        raise CommandError(f"--step is for digest; {rest[0]} takes every step")
     return rest[0], pathlib.Path(rest[1]), step
+
+
+def _list(root: pathlib.Path, step: int | None) -> int:
+    del step
+    from lowdim_diffusion.cli.plan import bytes_text
+    from lowdim_diffusion.training import checkpoint
+
+    scores = checkpoint.scores(root)
+    if not scores:
+        raise CommandError(f"no checkpoint in {root}", ExitCode.NO_CHECKPOINT)
+    best, newest = checkpoint.best(root), max(scores)
+    for number, score in scores.items():
+        files = (path for path in (root / str(number)).rglob("*") if path.is_file())
+        size = bytes_text(sum(path.stat().st_size for path in files))
+        loss = "" if score is None else f"held-out loss {score:.6g}"
+        marks = "  ".join(["newest"] * (number == newest) + ["best"] * (number == best))
+        print(f"step {number:<9} {size:>8}  {loss:<27}{marks}".rstrip())
+    return ExitCode.DONE
 
 
 def _verify(root: pathlib.Path, step: int | None) -> int:

@@ -89,6 +89,9 @@ class DataConfig:
     """Convert images to gray (1) or colour (3)."""
     num_examples: int | None = option(ge=1)
     """Use only so many examples, chosen at random by data.seed; of 'molrg', draw so many."""
+    held_out: int = option(0, ge=0)
+    """Keep so many examples, chosen by data.seed, out of training: their loss is measured at every
+    checkpoint."""
     seed: int = option(0, ge=0, lt=2**32)
     """Decides which examples, and what 'molrg' draws; apart from the run's seed."""
     shuffle: Literal["epoch", "replacement", "none"] = "epoch"
@@ -239,6 +242,13 @@ class TrainConfig:
     """Relative width of a power-function average instead (EDM2; 0.05 to 0.25)."""
     sample_every: int = option(0, ge=0)
     """Steps between sample grids in RUN/samples; 0 draws none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is infinite or NaN, or at a spike: stop (exit code 4), or skip the
+    update."""
+    max_skips: int | None = option(ge=1, on_nonfinite="skip")
+    """skip: stop all the same after so many in a row; unset takes 10."""
+    max_spike: float | None = option(gt=1)
+    """A loss above so many times the median of the last 64 is a spike; unset: none is."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the 'tensorboard' extra)."""
     wandb: str | None = None
@@ -255,6 +265,10 @@ class CheckpointConfig:
     """Steps between checkpoints."""
     keep: int = option(3, ge=1)
     """How many of the newest to keep."""
+    keep_every: int | None = option(ge=1)
+    """Also keep the steps that are multiples of this one, for ever."""
+    keep_best: int = option(0, ge=0)
+    """Also keep so many with the lowest held-out loss (needs data.held-out)."""
 
 
 @dataclass(frozen=True)
@@ -388,6 +402,17 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             f"--train.batch-size {config.train.batch_size} does not divide into "
             f"--optim.accumulate {config.optim.accumulate} parts"
+        )
+    cadence = config.checkpoint
+    if cadence.keep_every is not None and cadence.keep_every % cadence.every:
+        raise ValueError(
+            f"--checkpoint.keep-every must be a multiple of --checkpoint.every {cadence.every}, "
+            f"got {cadence.keep_every}"
+        )
+    if cadence.keep_best and not config.data.held_out:
+        raise ValueError(
+            "--checkpoint.keep-best goes by the loss of examples that are not trained on: set "
+            "--data.held-out, 500 for instance"
         )
     if config.loss.label_dropout and not config.model.conditional:
         raise ValueError("--loss.label-dropout hides labels, but --model.conditional is off")

@@ -19,7 +19,7 @@ class ExitCode(enum.IntEnum):
     NO_CHECKPOINT = 3
     """Checkpoints are missing, or none is usable."""
     NOT_FINITE = 4
-    """The loss became infinite or NaN."""
+    """The loss became infinite or NaN, or leapt."""
     LOCKED = 5
     """Another process writes to the run directory."""
     IO = 74
@@ -43,6 +43,7 @@ _CODES = {
     "NoUsableCheckpointError": ExitCode.NO_CHECKPOINT,
     "NonFiniteError": ExitCode.NOT_FINITE,
     "NonFiniteLossError": ExitCode.NOT_FINITE,
+    "LossSpikeError": ExitCode.NOT_FINITE,
     "RunLockedError": ExitCode.LOCKED,
     "CheckpointError": ExitCode.IO,
 }

@@ -32,12 +32,15 @@ class RunArguments(NamedTuple):
 
     run: RunConfig
     dry_run: bool
+    reset_optimizer: bool
 
 
 _START = {
     "--preset NAME": "Start from a preset: " + ", ".join(PRESETS) + ".",
     "--config FILE": "Start from a config.toml, on top of the preset.",
     "--dry-run": "Show the resolved config, the network's size, the devices' shares; stop.",
+    "--reset-optimizer": "Continue a run with its weights alone; the optimizer starts anew, and "
+    "may be another one.",
     "--debug": "Show the traceback of an error.",
     "-h, --help": "Show this text.",
 }
@@ -54,6 +57,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str, examples: str
     first.add_argument("--preset")
     first.add_argument("--config")
     first.add_argument("--dry-run", "--dry_run", action="store_true")
+    first.add_argument("--reset-optimizer", "--reset_optimizer", action="store_true")
     try:
         start, rest = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -86,7 +90,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str, examples: str
         check(run)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    return RunArguments(run, start.dry_run)
+    return RunArguments(run, start.dry_run, start.reset_optimizer)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.build import Parts
 
-__all__ = ["describe", "state_bytes"]
+__all__ = ["bytes_text", "describe", "state_bytes"]
 
 
 def state_bytes(tree: Any) -> int:
@@ -23,21 +23,26 @@ def describe(parts: Parts, mesh: Mesh) -> str:
     shapes = jax.eval_shape(parts.init)
     size = state_bytes(shapes)
     batch, steps = config.train.batch_size, config.train.steps
-    saves = math.ceil(steps / config.checkpoint.every)
+    cadence = config.checkpoint
+    saves = math.ceil(steps / cadence.every)
+    kept = f"the newest {cadence.keep}"
+    kept += f", the best {cadence.keep_best}" if cadence.keep_best else ""
+    kept += f", every {cadence.keep_every:,}" if cadence.keep_every else ""
+    forever = steps // cadence.keep_every if cadence.keep_every else 0
+    count = min(saves, cadence.keep + cadence.keep_best + forever)
     device = mesh.devices.flat[0]
     rows = {
         "data": parts.dataset.describe(),
         "data std": f"{config.loss.data_std:g}",
         "network": f"{net.name}, {net.num_params:,} parameters, "
-        f"{_bytes(state_bytes(shapes.params))}",
+        f"{bytes_text(state_bytes(shapes.params))}",
         "devices": f"{mesh.size} x {device.device_kind}, mesh ({mesh.axis_names[0]}={mesh.size}), "
         f"batch {batch} = {batch // mesh.size} per device",
         "training": f"{steps:,} steps, {steps * batch:,} images, "
         f"{steps / parts.batcher.steps_per_epoch:,.1f} epochs",
-        "state": f"{_bytes(size)} on every device (parameters, optimizer, moving average)",
-        "checkpoints": f"every {config.checkpoint.every:,} steps and at the end, {saves:,} in all, "
-        f"the newest {config.checkpoint.keep} kept: about "
-        f"{_bytes(min(saves, config.checkpoint.keep) * size)} of disk",
+        "state": f"{bytes_text(size)} on every device (parameters, optimizer, moving average)",
+        "checkpoints": f"every {cadence.every:,} steps and at the end, {saves:,} in all, "
+        f"{kept} kept: about {bytes_text(count * size)} of disk",
         "samples": f"every {config.train.sample_every:,} steps"
         if config.train.sample_every
         else "none during training",
@@ -47,7 +52,8 @@ def describe(parts: Parts, mesh: Mesh) -> str:
     return "\n".join([toml.dumps(config).rstrip(), "", *(f"# {line}" for line in lines)])
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """Return a number of bytes for people, ``1.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

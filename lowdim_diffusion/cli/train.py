@@ -30,15 +30,22 @@ lowdim train --config runs/mnist/config.toml --seed 1 --out runs/mnist-seed1"""
 def main(argv: Sequence[str]) -> int:
     """Parse the arguments and train; return the exit code."""
     given = parse_run(argv, prog="lowdim train", description=_DESCRIPTION, examples=_EXAMPLES)
-    return run(given.run, dry_run=given.dry_run)
+    return run(given.run, dry_run=given.dry_run, reset_optimizer=given.reset_optimizer)
 
 
-def run(config: RunConfig, *, dry_run: bool = False, hints: bool = True) -> int:
+def run(
+    config: RunConfig,
+    *,
+    dry_run: bool = False,
+    reset_optimizer: bool = False,
+    hints: bool = True,
+) -> int:
     """Train as the config says; return ``DONE`` or ``PREEMPTED``, everything written and synced.
 
     Args:
         config: the run.
         dry_run: only say what would be done.
+        reset_optimizer: continue with the weights alone, the optimizer starts anew.
         hints: end with what to do next.
     """
     from lowdim_diffusion import sharding
@@ -58,10 +65,10 @@ def run(config: RunConfig, *, dry_run: bool = False, hints: bool = True) -> int:
         return ExitCode.DONE
     stdout: Any = _Patient(sys.stdout)
     with contextlib.redirect_stdout(stdout):
-        return _train(config, parts, mesh, hints)
+        return _train(config, parts, mesh, hints, reset_optimizer)
 
 
-def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
+def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool, reset_optimizer: bool) -> int:
     from lowdim_diffusion import training
     from lowdim_diffusion.cli import build, drawing
     from lowdim_diffusion.training.progress import ConsoleMonitor, usage
@@ -83,6 +90,9 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
             made = sampler(state.averaged, config.seed, labels)
             drawing.save(directory.samples_path / f"step-{step:08d}", made)
 
+        def score(state: training.TrainState) -> float:
+            return float(parts.held_out_loss(state.averaged))
+
         outcome = train(
             directory,
             parts.init,
@@ -96,9 +106,17 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool) -> int:
             # As given: what the data decide is measured anew from other data.
             config_text=toml.dumps(given),
             fixed=build.fixed(parts),
+            assumed=build.assumed(),
             meta={"config": toml.dumps(config), "data": parts.dataset.describe()},
             checkpoint_every=config.checkpoint.every,
             keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            keep_best=config.checkpoint.keep_best,
+            score_fn=score if parts.held_out_loss else None,
+            reset_optimizer=parts.optimizer.init if reset_optimizer else None,
+            on_nonfinite=config.train.on_nonfinite,
+            max_skips=config.train.max_skips or 10,
+            max_spike=config.train.max_spike,
             sample_every=config.train.sample_every,
             sample_fn=draw if config.train.sample_every else None,
             monitor=monitor,

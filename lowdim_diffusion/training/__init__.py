@@ -1,6 +1,6 @@
 """Training: the pure step, one-scan fits, the loop over devices, checkpoints, run directory."""
 
-from lowdim_diffusion.training import checkpoint, ema, optimizers, rundir, sinks, throughput
+from lowdim_diffusion.training import checkpoint, ema, guards, optimizers, rundir, sinks, throughput
 from lowdim_diffusion.training.fit import fit
 from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
@@ -8,10 +8,11 @@ from lowdim_diffusion.training.progress import ConsoleMonitor, Monitor, Report
 from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, make_train_step
 from lowdim_diffusion.training.subspace import SubspaceFit, denoising_loss, fit_subspaces
 from lowdim_diffusion.training.sweep import Sweep, sweep, table
-from lowdim_diffusion.training.trainer import NonFiniteLossError, Outcome, train
+from lowdim_diffusion.training.trainer import LossSpikeError, NonFiniteLossError, Outcome, train
 
 __all__ = [
     "ConsoleMonitor",
+    "LossSpikeError",
     "Monitor",
     "NonFiniteLossError",
     "Outcome",
@@ -28,6 +29,7 @@ __all__ = [
     "ema",
     "fit",
     "fit_subspaces",
+    "guards",
     "init_state",
     "make_train_step",
     "optimizers",

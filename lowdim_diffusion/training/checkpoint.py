@@ -5,7 +5,8 @@ single rename::
 
     state    the array leaves, as nested dictionaries named by their tree path
     leaves   for each path: shape, dtype and sha256 of the row-major little-endian bytes
-    meta     format_version, step, and what the caller wants to find again (config, seed, versions)
+    meta     format_version, step, score (lower is better; null where there is none), and what the
+             caller wants to find again (config, seed, versions)
 
 ``leaves`` and ``meta`` carry their own sha256, so a changed byte is noticed or harmless.
 
@@ -16,6 +17,8 @@ that fails is moved to ``damaged-<step>`` and the step before it is used.
 
 The digest of a whole state is the sha256 of the lines ``path dtype shape sha256``, sorted by path;
 it does not depend on devices, sharding or container types.
+
+A step in an older format is brought to the present one as it is read (:data:`FORMAT_VERSION`).
 """
 
 import contextlib
@@ -30,7 +33,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -42,8 +45,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from lowdim_diffusion import _files
+from lowdim_diffusion._checks import check_int
 from lowdim_diffusion._types import PyTree
 from lowdim_diffusion.training import _leaves
+from lowdim_diffusion.training.step import new_guard
 
 __all__ = [
     "FORMAT_VERSION",
@@ -55,14 +60,20 @@ __all__ = [
     "Restored",
     "StepReport",
     "all_steps",
+    "best",
     "digest",
     "load",
     "restore_latest",
+    "scores",
     "verify",
 ]
 
-FORMAT_VERSION = 1
-"""Version of the layout described above; a newer one on disk is refused, not guessed at."""
+FORMAT_VERSION = 2
+"""Version of the layout above and of the training state's leaves.
+
+An older one on disk is migrated as it is read, a newer one is refused, not guessed at. 1: a state
+without guards.
+"""
 
 _TRASH = "trash"
 _DAMAGED = "damaged-"
@@ -119,6 +130,7 @@ class Checkpointer:
         root: directory of the steps, created if missing.
         keep: how many of the latest steps to keep, at least 1.
         keep_every: also keep every step that is a multiple of this number, for ever.
+        keep_best: also keep so many steps with the lowest score.
 
     Examples:
         >>> import tempfile
@@ -129,15 +141,25 @@ class Checkpointer:
         (3, [1.0, 1.0], 0)
     """
 
-    def __init__(self, root: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        keep: int = 3,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+    ):
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(
                 "Checkpointer: keep and keep_every must be at least 1, got "
                 f"{keep} and {keep_every}."
             )
+        check_int("Checkpointer", "keep_best", keep_best, 0)
         self.root = pathlib.Path(root).absolute()
         self.keep = keep
         self.keep_every = keep_every
+        self.keep_best = keep_best
+        self._scores: dict[int, float | None] | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._entered = False
@@ -160,7 +182,13 @@ class Checkpointer:
             warnings.warn(f"the last checkpoint was not written: {late}", stacklevel=2)
 
     def save(
-        self, step: int, state: PyTree, meta: Mapping[str, Any], *, force: bool = False
+        self,
+        step: int,
+        state: PyTree,
+        meta: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        force: bool = False,
     ) -> None:
         """Start saving ``state`` as ``step``; the state may be donated or changed afterwards.
 
@@ -169,7 +197,8 @@ class Checkpointer:
         Args:
             step: larger than every step on disk.
             state: pytree of jax or NumPy arrays (typed keys too) and Python or NumPy numbers.
-            meta: what JSON can hold; ``format_version`` and ``step`` are added.
+            meta: what JSON can hold; ``format_version``, ``step`` and ``score`` are added.
+            score: what ``keep_best`` goes by, lower is better; one that is not finite is none.
             force: do nothing, instead of raising, if ``step`` is already the newest one. For the
                 save at the end of training.
 
@@ -203,7 +232,8 @@ class Checkpointer:
                 "first or use another directory."
             )
         described = json.loads(json.dumps(dict(meta), default=_plain))
-        described |= {"format_version": FORMAT_VERSION, "step": step}
+        score = None if score is None or not math.isfinite(score) else float(score)
+        described |= {"format_version": FORMAT_VERSION, "step": step, "score": score}
         self._check_space(step, sum(x.nbytes for x in arrays.values()))
         kinds = {path: _leaves.describe(leaf) for path, leaf in leaves.items()}
         self._thread = threading.Thread(
@@ -233,10 +263,10 @@ class Checkpointer:
             error, self._error = self._error, None
             raise error
 
-    def restore_latest(self, target: PyTree) -> Restored | None:
+    def restore_latest(self, target: PyTree, *, without: Sequence[str] = ()) -> Restored | None:
         """Return what :func:`restore_latest` finds, and move damaged steps aside."""
         self.wait()
-        return restore_latest(self.root, target, move_aside=True)
+        return restore_latest(self.root, target, without=without, move_aside=True)
 
     def _check_space(self, step: int, num_bytes: int) -> None:
         free = shutil.disk_usage(self.root).free
@@ -263,7 +293,8 @@ class Checkpointer:
                     leaves=ocp.args.JsonSave(_seal(leaves)),
                     meta=ocp.args.JsonSave(_seal(meta)),
                 )
-                with _quiet(), ocp.CheckpointManager(self.root, options=self._options()) as manager:
+                options = self._options(step, meta["score"])
+                with _quiet(), ocp.CheckpointManager(self.root, options=options) as manager:
                     if not manager.save(step, args=items, force=True):
                         raise CheckpointError(
                             f"step {step} was not saved in {self.root}: Orbax refused it."
@@ -277,10 +308,16 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 self._clean()
 
-    def _options(self) -> ocp.CheckpointManagerOptions:
+    def _options(self, step: int, score: float | None) -> ocp.CheckpointManagerOptions:
         policies: list[Any] = [checkpoint_managers.LatestN(self.keep)]
         if self.keep_every is not None:
             policies.append(checkpoint_managers.EveryNSteps(self.keep_every))
+        if self.keep_best:
+            if self._scores is None:
+                self._scores = scores(self.root)
+            here = set(all_steps(self.root))
+            self._scores = {k: v for k, v in self._scores.items() if k in here} | {step: score}
+            policies.append(_These(_ranked(self._scores)[: self.keep_best]))
         return ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             create=False,
@@ -318,8 +355,46 @@ def all_steps(root: str | os.PathLike) -> list[int]:
     )
 
 
+class _These(NamedTuple):
+    """Orbax's policy to keep the steps that are named."""
+
+    steps: list[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        return [info.step in self.steps for info in checkpoints]
+
+
+def scores(root: str | os.PathLike) -> dict[int, float | None]:
+    """Return the score of each step, None where it has none or its ``meta`` is damaged."""
+    found: dict[int, float | None] = {}
+    for step in all_steps(root):
+        try:
+            with _quiet():
+                inside = pathlib.Path(root).absolute() / str(step) / "meta"
+                found[step] = _unseal(_read_json(inside), step, "meta").get("score")
+        except Exception:  # Orbax and JSON fail in many ways; a restore would say how
+            found[step] = None
+    return found
+
+
+def best(root: str | os.PathLike) -> int | None:
+    """Return the step with the lowest score, the earlier one of two that are equal; or None."""
+    return next(iter(_ranked(scores(root))), None)
+
+
+def _ranked(scores: Mapping[int, float | None]) -> list[int]:
+    """Steps that have a score, best first."""
+    known = sorted((score, step) for step, score in scores.items() if score is not None)
+    return [step for _, step in known]
+
+
 def restore_latest(
-    root: str | os.PathLike, target: PyTree, *, move_aside: bool = False
+    root: str | os.PathLike,
+    target: PyTree,
+    *,
+    without: Sequence[str] = (),
+    move_aside: bool = False,
 ) -> Restored | None:
     """Return ``(step, state, meta)`` of the newest step that verifies; None without any steps.
 
@@ -329,6 +404,8 @@ def restore_latest(
         root: directory of the steps.
         target: pytree of arrays or ``jax.ShapeDtypeStruct`` with the structure, shapes, dtypes and
             shardings to restore to, on any number of devices. Without a sharding: default device.
+        without: names at the top of the state, such as ``"opt_state"``, whose leaves in the
+            checkpoint are neither compared nor read; ``target`` has none there.
         move_aside: rename damaged steps to ``damaged-<step>`` once a sound one is found. Only for
             the one writer of the run.
 
@@ -342,7 +419,10 @@ def restore_latest(
     def check(step: int, stored: _leaves.Table) -> None:
         _check_same(step, stored, {path: _leaves.describe(leaf) for path, leaf in leaves.items()})
 
-    found = _shared(leaves, lambda: _newest(pathlib.Path(root), check, move_aside=move_aside))
+    wanted = lambda path: _top(path) not in without
+    found = _shared(
+        leaves, lambda: _newest(pathlib.Path(root), check, wanted=wanted, move_aside=move_aside)
+    )
     if found is None:
         return None
     placed = [_leaves.place(found.arrays[path], leaf) for path, leaf in leaves.items()]
@@ -350,7 +430,9 @@ def restore_latest(
     return Restored(found.step, state, found.meta)
 
 
-def load(root: str | os.PathLike, step: int | None = None) -> Restored:
+def load(
+    root: str | os.PathLike, step: int | None = None, *, only: Sequence[str] | None = None
+) -> Restored:
     """Return a verified step without knowing its structure: nested dictionaries of NumPy arrays.
 
     Reads only, and is safe beside a running training. Typed keys come back as such.
@@ -358,12 +440,14 @@ def load(root: str | os.PathLike, step: int | None = None) -> Restored:
     Args:
         root: directory of the steps.
         step: which one; default the newest that verifies.
+        only: names at the top of the state, such as ``("params", "ema")``; nothing else is read.
 
     Raises:
         NoUsableCheckpointError: no step, or none that verifies.
         IncompatibleStateError: written in a newer format.
     """
-    found = _newest(pathlib.Path(root), lambda *_: None, only=step)
+    wanted = lambda path: only is None or _top(path) in only
+    found = _newest(pathlib.Path(root), lambda *_: None, wanted=wanted, only=step)
     if found is None:
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise NoUsableCheckpointError(f"no {which} in {root}.")
@@ -379,7 +463,7 @@ def verify(root: str | os.PathLike) -> list[StepReport]:
     reports = []
     for step in all_steps(root):
         try:
-            _read(pathlib.Path(root) / str(step), step, lambda *_: None)
+            _read(pathlib.Path(root) / str(step), step, lambda *_: None, lambda _: True)
         except (_Damaged, IncompatibleStateError) as error:
             reports.append(StepReport(step, False, str(error)))
         else:
@@ -428,6 +512,7 @@ def digest(source: PyTree | str | os.PathLike, *, step: int | None = None) -> di
 # --- reading -------------------------------------------------------------------------------------
 
 _Check = Callable[[int, _leaves.Table], None]
+_Wanted = Callable[[str], bool]
 
 
 class _Found(NamedTuple):
@@ -450,20 +535,31 @@ def _unseal(sealed: Any, step: int, name: str) -> dict[str, Any]:
     return sealed["content"]
 
 
-def _read(directory: pathlib.Path, step: int, check: _Check) -> _Found:
-    """Read and verify one step; ``check`` sees its table before any array is allocated."""
+def _top(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _read(directory: pathlib.Path, step: int, check: _Check, wanted: _Wanted) -> _Found:
+    """Read and verify the wanted leaves of one step.
+
+    ``check`` sees their table, in the present format, before any array is allocated.
+    """
     directory = directory.absolute()  # Orbax finds nothing under a relative path, silently
     try:
         with _quiet():
             table = _unseal(_read_json(directory / "leaves"), step, "leaves")
             meta = _unseal(_read_json(directory / "meta"), step, "meta")
-            if meta["format_version"] > FORMAT_VERSION:
+            version = meta["format_version"]
+            if version > FORMAT_VERSION:
                 raise IncompatibleStateError(
-                    f"checkpoint of step {step} has format {meta['format_version']}, this version "
+                    f"checkpoint of step {step} has format {version}, this version "
                     f"reads up to {FORMAT_VERSION}; upgrade lowdim_diffusion."
                 )
-            check(step, table["leaves"])
-            arrays = _read_arrays(directory / "state", table["leaves"])
+            leaves = _migrated_table(version, table["leaves"])
+            leaves = {path: entry for path, entry in leaves.items() if wanted(path)}
+            check(step, leaves)
+            arrays = _migrated(version, _read_arrays(directory / "state", table["leaves"], wanted))
+            arrays = {path: arrays[path] for path in leaves}
     except (_Damaged, IncompatibleStateError):
         raise
     except Exception as error:
@@ -474,7 +570,7 @@ def _read(directory: pathlib.Path, step: int, check: _Check) -> _Found:
         ):
             raise CheckpointError(f"cannot read {directory}: {text[:300]}") from error
         raise _Damaged(f"cannot be read ({type(error).__name__}: {text[:160]})") from error
-    return _Found(step, arrays, table["leaves"], meta)
+    return _Found(step, arrays, leaves, meta)
 
 
 def _read_json(directory: pathlib.Path) -> Any:
@@ -482,8 +578,10 @@ def _read_json(directory: pathlib.Path) -> Any:
     return reader.restore(directory)
 
 
-def _read_arrays(directory: pathlib.Path, leaves: _leaves.Table) -> dict[str, np.ndarray]:
-    reader = ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=_alone())
+def _read_arrays(
+    directory: pathlib.Path, leaves: _leaves.Table, wanted: _Wanted
+) -> dict[str, np.ndarray]:
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone())
     described = reader.metadata(directory).item_metadata
     if described is None:
         raise _Damaged("the description of its arrays is missing")
@@ -495,13 +593,47 @@ def _read_arrays(directory: pathlib.Path, leaves: _leaves.Table) -> dict[str, np
         if list(stored[path].shape) != leaves[path]["shape"]:
             shape = stored[path].shape
             raise _Damaged(f"leaf {path} has shape {shape}, not {leaves[path]['shape']}")
+    leaves = {path: entry for path, entry in leaves.items() if wanted(path)}
+    if not leaves:
+        return {}
     _check_memory(leaves)
-    arrays = _leaves.flatten(reader.restore(directory))
+    whole = _leaves.nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
+    asked = ocp.args.PyTreeRestore(
+        item=jax.tree.map(lambda _: 0, whole), restore_args=whole, partial_restore=True
+    )
+    arrays = _leaves.flatten(reader.restore(directory, args=asked))
     for path, entry in leaves.items():
         same_dtype = _leaves.describe(arrays[path])["dtype"] == entry["dtype"]
         if not same_dtype or _leaves.sha256(arrays[path]) != entry["sha256"]:
             raise _Damaged(f"the bytes of leaf {path} are not those that were written")
     return arrays
+
+
+def _with_guard(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Format 1 to 2: a training state gained guards, which had seen nothing yet."""
+    if "step" not in arrays or not any(_top(path) == "params" for path in arrays):
+        return arrays
+    return arrays | {k: np.asarray(v) for k, v in _leaves.flatten({"guard": new_guard()}).items()}
+
+
+_MIGRATIONS = {1: _with_guard}
+"""By the version that is read: its arrays, by path, to those of the next version."""
+
+
+def _migrated(version: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for older in range(version, FORMAT_VERSION):
+        arrays = _MIGRATIONS[older](arrays)
+    return arrays
+
+
+def _migrated_table(version: int, leaves: _leaves.Table) -> _leaves.Table:
+    """The table of the migrated arrays, before there are any: zeros without memory stand in."""
+    zeros = {
+        path: np.broadcast_to(np.zeros((), jnp.dtype(entry["dtype"])), entry["shape"])
+        for path, entry in leaves.items()
+    }
+    arrays = _migrated(version, zeros)
+    return {path: leaves.get(path) or _leaves.describe(x) for path, x in arrays.items()}
 
 
 def _check_memory(leaves: _leaves.Table) -> None:
@@ -528,15 +660,21 @@ def _check_same(step: int, stored: _leaves.Table, here: _leaves.Table) -> None:
     if bad:
         more = f" ({len(bad) - 1} more leaves differ)" if len(bad) > 1 else ""
         there, now = _leaves.spell(stored.get(bad[0])), _leaves.spell(here.get(bad[0]))
+        reset = "; only the optimizer differs: --reset-optimizer keeps the weights alone"
         raise IncompatibleStateError(
             f"checkpoint of step {step} does not fit: {bad[0]} is {there} in the checkpoint and "
             f"{now} in this run{more}; use the model, dtype and optimizer of the run that wrote "
-            "it, or another output directory."
+            f"it, or another output directory{reset * all(_top(p) == 'opt_state' for p in bad)}."
         )
 
 
 def _newest(
-    root: pathlib.Path, check: _Check, *, only: int | None = None, move_aside: bool = False
+    root: pathlib.Path,
+    check: _Check,
+    *,
+    wanted: _Wanted,
+    only: int | None = None,
+    move_aside: bool = False,
 ) -> _Found | None:
     """The newest step that verifies; None if there is none to look at."""
     damaged: dict[int, str] = {}
@@ -544,7 +682,7 @@ def _newest(
         if only is not None and step != only:
             continue
         try:
-            found = _read(root / str(step), step, check)
+            found = _read(root / str(step), step, check, wanted)
         except _Damaged as error:
             damaged[step] = str(error)
             continue

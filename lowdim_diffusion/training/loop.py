@@ -2,8 +2,8 @@
 
 The number of steps is an *argument* of the program (a ``while`` loop with donated state), so short
 and long stretches run the same instructions: where a run was interrupted cannot change its
-numbers. The host waits once per stretch, never per step, and a non-finite loss ends the stretch at
-that step.
+numbers. The host waits once per stretch, never per step, and a non-finite loss, or whatever else a
+step calls a reason to ``stop``, ends the stretch at that step.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,12 @@ class Stretch(NamedTuple):
 
     state: TrainState
     num_steps: int
-    """Steps done; fewer than asked for if one was not finite, that one included."""
+    """Steps done; fewer than asked for if one stopped, that one included."""
     metrics: dict[str, np.ndarray]
     """Per-step metrics, each ``[num_steps]``."""
-    finite: bool
-    """Whether loss and gradient norm were finite at every step."""
+    ok: bool
+    """False if the last step ended the stretch: by its metric ``stop`` where it has one, else by a
+    loss or gradient norm that is not finite."""
 
 
 class Loop(NamedTuple):
@@ -81,26 +82,26 @@ def compile_loop(
 
         def one(state: TrainState):
             batch = examples(arrays, data_key, state.step, index)
-            return train_step(state, batch, jax.random.fold_in(loss_key, state.step))
+            state, metrics = train_step(state, batch, jax.random.fold_in(loss_key, state.step))
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            return state, metrics, ~metrics.pop("stop", ~finite)
 
         def more(carry: Any):
-            i, _, _, finite = carry
-            return (i < num_steps) & finite
+            i, _, _, ok = carry
+            return (i < num_steps) & ok
 
         def body(carry: Any):
             i, state, log, _ = carry
-            state, metrics = one(state)
+            state, metrics, ok = one(state)
             log = jax.tree.map(lambda column, value: column.at[i].set(value), log, metrics)
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            return i + 1, state, log, finite
+            return i + 1, state, log, ok
 
         shapes = jax.eval_shape(one, state)[1]
         log = jax.tree.map(lambda m: jnp.zeros((max_steps, *m.shape), m.dtype), shapes)
         zero = jnp.zeros((), jnp.int32)
-        done, state, log, finite = jax.lax.while_loop(
-            more, body, (zero, state, log, jnp.asarray(True))
-        )
-        return state, done, log, finite
+        start = (zero, state, log, jnp.asarray(True))
+        done, state, log, ok = jax.lax.while_loop(more, body, start)
+        return state, done, log, ok
 
     whole = PartitionSpec()
     # Not checked: "varying" bookkeeping of jax does not see through user-written losses.
@@ -112,8 +113,15 @@ def compile_loop(
 
     def loop(state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: int) -> Stretch:
         limit = jnp.asarray(min(num_steps, max_steps), jnp.int32)
-        state, done, log, finite = program(state, arrays, key, limit)
-        count, log, finite = jax.device_get((done, log, finite))
-        return Stretch(state, int(count), {k: v[:count] for k, v in log.items()}, bool(finite))
+        state, done, log, ok = program(state, arrays, key, limit)
+        count, log, ok = jax.device_get((done, log, ok))
+        return Stretch(state, int(count), {k: v[:count] for k, v in log.items()}, bool(ok))
 
     return Loop(loop, count_flops(traced.jaxpr))
+
+
+def batch_of(examples: Examples, batch_size: int, arrays: PyTree, key: PRNGKey, step: int) -> Batch:
+    """Return the whole batch that the loop draws after ``step`` updates, to look at it."""
+    data_key, _ = jax.random.split(key)
+    index = jnp.arange(batch_size, dtype=jnp.int32)
+    return jax.jit(examples)(arrays, data_key, step, index)

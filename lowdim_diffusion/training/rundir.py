@@ -45,6 +45,7 @@ __all__ = [
     "RunLockedError",
     "current_versions",
     "differences",
+    "filled",
     "read_metrics",
 ]
 
@@ -324,6 +325,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted(before.keys() | after.keys())
         if name not in before or name not in after or before[name] != after[name]
     ]
+
+
+def filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings ``old`` with the entries that only ``defaults`` has.
+
+    Examples:
+        >>> filled({"optim": {"lr": 0.1}}, {"optim": {"lr": 0.2, "clip": 1.0}, "seed": 0})
+        {'optim': {'lr': 0.1, 'clip': 1.0}, 'seed': 0}
+    """
+    new = dict(old)
+    for name, value in defaults.items():
+        if name not in new:
+            new[name] = value
+        elif isinstance(value, Mapping) and isinstance(new[name], Mapping):
+            new[name] = filled(new[name], value)
+    return new
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

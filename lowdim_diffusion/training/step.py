@@ -12,7 +12,29 @@ from lowdim_diffusion._types import Array, Batch, LossFn, Params, PyTree
 from lowdim_diffusion.sharding import local_index
 from lowdim_diffusion.training import ema as averages
 
-__all__ = ["TrainState", "TrainStep", "init_state", "make_train_step"]
+__all__ = ["Guard", "TrainState", "TrainStep", "init_state", "make_train_step"]
+
+WINDOW = 64
+"""How many losses :class:`Guard` remembers."""
+
+
+class Guard(NamedTuple):
+    """What the guards of :func:`lowdim_diffusion.training.guards.guarded` remember."""
+
+    skipped: Array
+    """int32: updates left out so far."""
+    streak: Array
+    """int32: how many of them in a row, up to the last step."""
+    losses: Array
+    """float32 ``[WINDOW]``: the last good losses, in a ring."""
+    seen: Array
+    """int32: good losses so far."""
+
+
+def new_guard() -> Guard:
+    """Return the guard of a state that has seen nothing yet."""
+    count = lambda: jnp.zeros((), jnp.int32)
+    return Guard(count(), count(), jnp.zeros(WINDOW, jnp.float32), count())
 
 
 class TrainState(NamedTuple):
@@ -28,6 +50,8 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: tuple[Params, ...]
     """One average of the parameters per decay given to :func:`make_train_step`."""
+    guard: Guard
+    """Moved by guarded steps only."""
 
     @property
     def averaged(self) -> Params:
@@ -58,7 +82,8 @@ def init_state(
     # Copies throughout: donating a state must not take the caller's arrays along.
     copy = lambda: jax.tree.map(jnp.copy, params)
     averaged = tuple(copy() for _ in _decays(ema))
-    return TrainState(jnp.zeros((), jnp.int32), copy(), optimizer.init(params), averaged)
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, copy(), optimizer.init(params), averaged, new_guard())
 
 
 def make_train_step(
@@ -127,7 +152,7 @@ def make_train_step(
             averages.update(average, params, decay(step.astype(jnp.float32)))
             for average, decay in zip(state.ema, decays, strict=True)
         )
-        return TrainState(step, params, opt_state, moved), metrics
+        return TrainState(step, params, opt_state, moved, state.guard), metrics
 
     return train_step
 

@@ -6,6 +6,7 @@ becomes a checkpoint.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,18 +16,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowdim_diffusion._checks import check_int
-from lowdim_diffusion._types import PRNGKey, PyTree
+from lowdim_diffusion._types import Params, PRNGKey, PyTree
 from lowdim_diffusion.sharding import replicate, replicated
-from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError
-from lowdim_diffusion.training.loop import Examples, compile_loop
+from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError, Restored
+from lowdim_diffusion.training.guards import diagnose, guarded
+from lowdim_diffusion.training.loop import Examples, Stretch, batch_of, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
 from lowdim_diffusion.training.progress import Monitor, Report
-from lowdim_diffusion.training.rundir import RunDirectory, differences
+from lowdim_diffusion.training.rundir import RunDirectory, differences, filled
 from lowdim_diffusion.training.sinks import Sink, Sinks
 from lowdim_diffusion.training.step import TrainState, TrainStep
 from lowdim_diffusion.training.throughput import PROFILE_AFTER, PROFILE_STEPS, Meter, profiled
 
-__all__ = ["NonFiniteLossError", "Outcome", "train"]
+__all__ = ["LossSpikeError", "NonFiniteLossError", "Outcome", "train"]
 
 STRETCH_S = 1.0
 """Aimed-at time between two looks at the host: a signal waits so long at most."""
@@ -34,6 +36,10 @@ STRETCH_S = 1.0
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or the gradient became NaN or infinite."""
+
+
+class LossSpikeError(ArithmeticError):
+    """The loss was many times what it had been."""
 
 
 class Outcome(NamedTuple):
@@ -67,14 +73,22 @@ def train(
     mesh: Mesh,
     config_text: str = "",
     fixed: Mapping[str, Any] | None = None,
+    assumed: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
     checkpoint_every: int = 1000,
     keep: int = 3,
+    keep_every: int | None = None,
+    keep_best: int = 0,
+    score_fn: Callable[[TrainState], float] | None = None,
+    reset_optimizer: Callable[[Params], PyTree] | None = None,
     sample_every: int = 0,
     sample_fn: Callable[[int, TrainState], None] | None = None,
     monitor: Monitor | None = None,
     sinks: Sequence[Sink] = (),
     profile: bool = False,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
+    max_spike: float | None = None,
+    max_skips: int = 10,
 ) -> Outcome:
     """Train until ``num_steps`` in all, continuing what the run directory holds.
 
@@ -90,41 +104,66 @@ def train(
         mesh: devices.
         config_text: written to ``config.toml`` once the run is known to be this one.
         fixed: values that a resumed run must share with the first (seed, data, batch size, ...).
+        assumed: what to take for values of ``fixed`` that a run did not record, since they did not
+            exist when it was written.
         meta: further values stored in every checkpoint.
         checkpoint_every: steps between checkpoints; the last step, and the step at which a signal
             came, are saved too.
         keep: how many of the newest checkpoints stay.
+        keep_every: checkpoints at multiples of this step stay too.
+        keep_best: so many with the lowest score stay too.
+        score_fn: ``state -> held-out loss``, called at every checkpoint but that of a signal; it
+            becomes the checkpoint's score, and ``held_out_loss`` in the metrics row of its step.
+        reset_optimizer: ``params -> opt_state``, to resume without the optimizer's old state; it
+            may be another optimizer then, and ``fixed["optim"]`` may differ.
         sample_every: steps between calls of ``sample_fn``; 0 never calls it.
         sample_fn: ``(step, state)``.
         monitor: shows progress.
         sinks: get metrics rows besides ``metrics.jsonl``, and those of ``stats.jsonl``; closed at
             the end. One that fails is dropped with a warning.
         profile: record a few steps, once the run is warm, into ``profile/``.
+        on_nonfinite: see :func:`lowdim_diffusion.training.guards.guarded`.
+        max_spike: see there.
+        max_skips: see there.
 
     Raises:
-        NonFiniteLossError: at the first non-finite loss or gradient; checkpoints stay as they were.
+        NonFiniteLossError: at a non-finite loss or gradient that is not skipped; it says what was
+            not finite first, ``bad_batch.json`` which examples the batch had, and checkpoints stay
+            as they were.
+        LossSpikeError: the same for a loss beyond ``max_spike``.
         IncompatibleStateError: the checkpoint is of another model, optimizer, data set or seed.
         NoUsableCheckpointError: there are checkpoints, and none is sound.
         CheckpointError: a checkpoint could not be written.
     """
     for name, value in (("num_steps", num_steps), ("checkpoint_every", checkpoint_every)):
         check_int("train", name, value)
+    guards: Any = {"on_nonfinite": on_nonfinite, "max_spike": max_spike, "max_skips": max_skips}
+    train_step = guarded(train_step, **guards)
     fixed = dict(fixed or {})
     whole = replicated(mesh)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init)
     )
     note = monitor.note if monitor else lambda text: None
-    with StopSignal() as stop, Checkpointer(run.checkpoints_path, keep=keep) as checkpointer:
-        found = checkpointer.restore_latest(shapes)
+    policy: Any = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+    with StopSignal() as stop, Checkpointer(run.checkpoints_path, **policy) as checkpointer:
+        found = _restore(checkpointer, shapes, reset_optimizer)
         first = 0 if found is None else found.step
         if found is not None:
-            if changed := differences(found.meta.get("fixed", {}), fixed):
+            recorded = filled(found.meta.get("fixed", {}), assumed or {})
+            changed = differences(recorded, fixed)
+            if reset_optimizer is not None:
+                changed = [line for line in changed if not line.startswith("optim.")]
+            if changed:
+                only_optim = all(line.startswith("optim.") for line in changed)
+                reset = ", or --reset-optimizer to keep the weights alone" if only_optim else ""
                 raise IncompatibleStateError(
                     f"{run.path} holds a run that differs in {'; '.join(changed)}; use the old "
-                    "value, or another --out for a new run."
+                    f"value, or another --out for a new run{reset}."
                 )
             note(f"continuing {run.path} from step {first}")
+            if reset_optimizer is not None:
+                note("the optimizer and its learning rate start anew")
         if first >= num_steps:
             return Outcome("already done", found.state, first, 0.0, 0.0, 0.0)  # pyright: ignore
         state = replicate(init(), mesh) if found is None else found.state
@@ -139,16 +178,16 @@ def train(
             run.write_config(config_text)
         record = {**(meta or {}), "fixed": fixed}
 
-        def save(step: int) -> None:
+        def save(step: int, score: float | None = None) -> None:
             log.flush()  # the rows of a checkpoint's steps are on disk before it is
-            checkpointer.save(step, state, record, force=True)
+            checkpointer.save(step, state, record, score=score, force=True)
 
         def tell() -> None:
             if row := meter.row(step):
                 stats.write(row)
                 everywhere.write([row], group="speed")
 
-        step, stretch, busy_s = first, 1, 0.0
+        step, stretch, busy_s, skipped = first, 1, 0.0, int(state.guard.skipped)
         meter = Meter(loop.flops, list(mesh.devices.flat), batch_size)
         everywhere = Sinks(sinks)
         with (
@@ -172,12 +211,20 @@ def train(
                     else:
                         meter.add(out.num_steps, spent)
                     state, step, busy_s = out.state, step + out.num_steps, busy_s + spent
+                    due = out.ok and (step % checkpoint_every == 0 or step == num_steps)
+                    score = float(score_fn(state)) if due and score_fn else None
                     rows = list(_rows(out.metrics, step, out.num_steps, batch_size))
+                    if score is not None:
+                        rows[-1]["held_out_loss"] = score
                     for row in rows:
                         log.write(row)
                     everywhere.write(rows)
-                    if not out.finite:
-                        raise NonFiniteLossError(_bad_step(out.metrics, step, checkpointer.root))
+                    if not out.ok:
+                        batch = batch_of(examples, batch_size, arrays, key, step - 1)
+                        raise _stopped(run, out, step, batch)
+                    if (skips := int(state.guard.skipped)) > skipped:
+                        skipped = skips
+                        note(f"warning: {skips} updates skipped up to step {step}")
                     checkpointer.check()
                     speed = out.num_steps / max(spent, 1e-9)
                     stretch = int(np.clip(speed * STRETCH_S, 1, 4 * stretch))
@@ -186,8 +233,8 @@ def train(
                         left = (num_steps - step) / speed
                         rate, mfu, memory = speed * batch_size, meter.mfu(speed), meter.memory()
                         monitor.update(Report(step, num_steps, loss, rate, left, mfu, memory))
-                    if step % checkpoint_every == 0 or step == num_steps:
-                        save(step)
+                    if due:
+                        save(step, score)
                     if sample_fn and sample_every and step % sample_every == 0:
                         sample_fn(step, state)
                     if meter.due:
@@ -206,6 +253,25 @@ def train(
     return Outcome(status, state, first, busy_s, *found)
 
 
+def _restore(
+    checkpointer: Checkpointer,
+    shapes: TrainState,
+    reset_optimizer: Callable[[Params], PyTree] | None,
+) -> Restored | None:
+    """The newest sound checkpoint, with a new optimizer's state if that is asked for."""
+    if reset_optimizer is None:
+        return checkpointer.restore_latest(shapes)
+    found = checkpointer.restore_latest(shapes._replace(opt_state=()), without=("opt_state",))
+    if found is None:
+        return None
+    fresh = jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding),
+        reset_optimizer(found.state.params),
+        shapes.opt_state,
+    )
+    return found._replace(state=found.state._replace(opt_state=fresh))
+
+
 def _next_stop(step: int, num_steps: int, *everys: int) -> int:
     """The next step at which the host has something to do."""
     return min([num_steps, *((step // every + 1) * every for every in everys if every)])
@@ -219,9 +285,18 @@ def _rows(metrics: Mapping[str, np.ndarray], step: int, count: int, batch_size: 
         yield {"step": done, "images": done * batch_size, **{k: v[i] for k, v in columns.items()}}
 
 
-def _bad_step(metrics: Mapping[str, np.ndarray], step: int, root: Any) -> str:
-    values = ", ".join(f"{name} {metrics[name][-1]:g}" for name in ("loss", "grad_norm"))
-    return (
-        f"step {step}: {values}; stopped. The checkpoints in {root} are from before. Lower the "
-        "learning rate, clip the gradients, or look at the data."
+def _stopped(run: RunDirectory, out: Stretch, step: int, batch: Any) -> Exception:
+    """The error for a stretch that the guards ended, after writing down its last batch."""
+    last = {name: float(values[-1]) for name, values in out.metrics.items()}
+    found = diagnose(out.state, last, batch)
+    about = {"step": step, "first": found.first, "rows": found.rows, "bad_rows": found.bad_rows}
+    run.write_text("bad_batch.json", json.dumps(about) + "\n")
+    values = ", ".join(f"{name} {last[name]:g}" for name in ("loss", "grad_norm"))
+    skipped = int(out.state.guard.streak) - 1
+    after = f" after {skipped} skipped updates in a row" if skipped else ""
+    error = LossSpikeError if found.first == "spike" else NonFiniteLossError
+    return error(
+        f"step {step}: {values}; stopped{after}. {found.text} (bad_batch.json). The checkpoints in "
+        f"{run.checkpoints_path} are from before. Lower the learning rate, clip the gradients, "
+        "look at the data, or let such updates be skipped (--train.on-nonfinite skip)."
     )

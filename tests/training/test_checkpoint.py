@@ -21,7 +21,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lowdim_diffusion import training
 from lowdim_diffusion.training import checkpoint as cp
+
+FORMAT_1 = pathlib.Path(__file__).with_name("format-1")
 
 
 def make_state(seed=0, width=8, optimizer=None, dtype=jnp.float32):
@@ -109,6 +112,7 @@ def test_round_trip_is_bitwise_and_keeps_types(tmp_path):
         "when": [1, 2],
         "where": str(tmp_path),
         "step": 3,
+        "score": None,
         "format_version": cp.FORMAT_VERSION,
     }
 
@@ -199,6 +203,23 @@ def test_rotation_keeps_the_latest_and_the_milestones(tmp_path):
     assert list(tmp_path.glob("*tmp*")) == []
 
 
+def test_rotation_keeps_the_best(tmp_path):
+    given = {1: 0.5, 2: 0.2, 3: 0.4, 4: None, 5: float("nan"), 6: 0.2, 7: 0.9, 8: 0.8}
+    for steps in (range(1, 4), range(4, 9)):  # a second start knows the scores of the first
+        with cp.Checkpointer(tmp_path, keep=1, keep_best=2) as checkpointer:
+            for step in steps:
+                checkpointer.save(step, make_state(step), {}, score=given[step])
+                checkpointer.wait()
+                so_far = sorted(
+                    (given[s], s) for s in range(1, step + 1) if given[s] and given[s] == given[s]
+                )
+                expected = {step, *(s for _, s in so_far[:2])}
+                assert cp.all_steps(tmp_path) == sorted(expected)
+    assert cp.scores(tmp_path) == {2: 0.2, 6: 0.2, 8: 0.8} and cp.best(tmp_path) == 2
+    flip(0.5)(tmp_path / "2" / "meta" / "metadata")
+    assert cp.best(tmp_path) == 6 and cp.best(tmp_path / "nowhere") is None
+
+
 def test_steps_are_ordered_by_number_not_by_time(root):
     with cp.Checkpointer(root) as checkpointer:
         checkpointer.save(10, make_state(10), {})
@@ -227,9 +248,9 @@ def test_save_outside_the_block_is_refused(tmp_path):
         cp.Checkpointer(tmp_path).save(1, make_state(), {})
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}])
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}, {"keep_best": -1}])
 def test_rotation_settings_are_checked(tmp_path, options):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"at least 1|keep_best"):
         cp.Checkpointer(tmp_path, **options)
 
 
@@ -477,9 +498,40 @@ def test_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cp, "FORMAT_VERSION", cp.FORMAT_VERSION + 1)
         write_run(tmp_path, (1,))
-    with pytest.raises(cp.IncompatibleStateError, match=r"has format 2.*upgrade"):
+    with pytest.raises(cp.IncompatibleStateError, match=r"has format 3.*upgrade"):
         restore(tmp_path)
     assert "upgrade" in cp.verify(tmp_path)[0].problem
+
+
+def test_format_1_is_migrated(tmp_path):
+    """A step that the first version of this package wrote; a state had no guards then."""
+    root = shutil.copytree(FORMAT_1, tmp_path / "checkpoints")
+    params = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.array([0.5, -1.0, 2.0])}
+    target = training.init_state(params, optax.adam(1e-3), ema=training.ema.classic(0.9))
+    found = restore(root, jax.eval_shape(lambda: target))
+    assert found.step == 5 and found.meta["seed"] == 3
+    assert_same(found.state, target._replace(step=jnp.int32(5)))
+    assert cp.digest(root) == cp.digest(found.state, step=5)
+    assert [report.ok for report in cp.verify(root)] == [True] and cp.scores(root) == {5: None}
+    with cp.Checkpointer(root) as checkpointer:
+        checkpointer.save(6, found.state, found.meta)
+    assert cp.load(root).meta["format_version"] == cp.FORMAT_VERSION
+
+
+def test_only_what_is_asked_for_is_read(root):
+    found = cp.load(root, only=("params",))
+    assert_same(found.state, {"params": make_state(2)["params"]})
+    target = {k: v for k, v in make_state(99).items() if k != "opt_state"}
+    with cp.Checkpointer(root) as checkpointer:
+        assert checkpointer.restore_latest(target, without=("opt_state",)).step == 2
+        with pytest.raises(cp.IncompatibleStateError, match="opt_state/0/count"):
+            checkpointer.restore_latest(target)
+    # Damage elsewhere does not matter, damage here does.
+    for file in files_of(root, 2):
+        if file.name == "metadata" and file.parent.name == "leaves":
+            flip(0.5)(file)
+    with pytest.warns(UserWarning, match="step 2 is damaged"):
+        assert cp.load(root, only=("params",)).step == 1
 
 
 # --- errors of the disk --------------------------------------------------------------------------

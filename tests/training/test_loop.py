@@ -49,7 +49,7 @@ def test_stretches_compose_bit_for_bit():
         losses.append(out.metrics["loss"])
     chex.assert_trees_all_equal(jax.device_get(whole.state), jax.device_get(state))
     np.testing.assert_array_equal(whole.metrics["loss"], np.concatenate(losses))
-    assert whole.num_steps == 12 and whole.finite
+    assert whole.num_steps == 12 and whole.ok
 
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
@@ -87,7 +87,7 @@ def test_ends_at_the_first_bad_step():
 
     loop, state = make(loss=bad)
     out = loop(state, 50)
-    assert not out.finite
+    assert not out.ok
     assert 0 < out.num_steps < 50
     losses = out.metrics["loss"]
     assert np.all(np.isfinite(losses[:-1])) and not np.isfinite(losses[-1])
