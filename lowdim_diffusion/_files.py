@@ -7,6 +7,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows has no flock
+    fcntl = None
+
 
 def sync_directory(path: pathlib.Path) -> None:
     """Make the names inside a directory durable, where the file system has that notion."""
@@ -54,6 +59,23 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, Any]) -> pathlib.Path:
     stored = io.BytesIO()
     np.savez_compressed(stored, **arrays)
     return write_atomic(path, stored.getvalue())
+
+
+def is_locked(path: pathlib.Path) -> bool:
+    """Whether a process holds a lock on a file; False if it cannot be asked.
+
+    To ask is to hold a shared lock for an instant: who takes one must try more than once.
+    """
+    if fcntl is None:  # pragma: no cover - Windows has no flock
+        return False
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def remove(path: pathlib.Path) -> None:

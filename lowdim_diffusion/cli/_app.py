@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model; the same command again continues it",
     "sample": "draw samples from a run's newest good checkpoint",
     "analyze": "measure ranks, subspaces, nearest images; write the report",
+    "runs": "compare runs: status, loss, speed, options that differ, curves",
     "edit": "edit a region of images along singular vectors of the Jacobian",
     "checkpoint": "list or verify a run's checkpoints, print the digest of one",
     "doctor": "say what is installed, what is missing, which devices there are",

@@ -12,6 +12,7 @@ from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.config import option
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
 from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+from lowdim_diffusion.cli.summary import last_loss
 
 __all__ = ["AnalyzeArguments", "main", "run"]
 
@@ -127,14 +128,6 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
     return write_npz(path, {k: v for k, v in arrays.items() if v is not None})
 
 
-def _last_loss(losses: Sequence[tuple[int, float]]) -> tuple[float, str] | None:
-    """Return the mean loss of the last twentieth of training, at most 100 steps, and a note."""
-    recent = [loss for _, loss in losses[-min(max(len(losses) // 20, 1), 100) :]]
-    if not recent:
-        return None
-    return sum(recent) / len(recent), f"mean of the last {len(recent)} steps"
-
-
 def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
     from lowdim_diffusion import reporting, subspaces
     from lowdim_diffusion.training.rundir import read_metrics
@@ -159,7 +152,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
         summary={
             "training steps": loaded.step,
             "images seen": loaded.step * config.train.batch_size,
-            "last loss": _last_loss(losses),
+            "last loss": last_loss(losses),
             "parameters": (net.num_params, net.name),
             "sampler": f"{config.sample.solver}, {config.sample.num_steps} steps",
             **_copying(measured),

@@ -20,6 +20,7 @@ __all__ = [
     "curves",
     "edit_grid",
     "loss_curve",
+    "loss_curves",
     "label_maps",
     "nearest_pairs",
     "rank_curve",
@@ -34,6 +35,7 @@ Figure: TypeAlias = Any
 INK = "#1f2328"
 LINE = "#d0d7de"
 _BLUE, _ORANGE, _VIOLET = "#2f7fc1", "#d9722e", "#8a63b8"
+_PALETTE = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -117,10 +119,7 @@ def loss_curve(
         axes = fig.subplots()
         if losses.size:
             half_window = (losses.size // 40 if window is None else window) // 2
-            sums = np.concatenate([[0.0], np.cumsum(losses)])
-            i = np.arange(losses.size)
-            half = np.minimum(np.minimum(i, losses.size - 1 - i), half_window)
-            smooth = (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)
+            smooth = _running_mean(losses, half_window)
             thin = slice(None, None, max(1, losses.size // 1500))
             marker = "o" if losses.size == 1 else None
             faint = {"alpha": 0.35, "linewidth": 0.7} if half_window else {}
@@ -134,6 +133,57 @@ def loss_curve(
                 axes.xaxis.set_major_formatter(_thousands)
         axes.set(xlabel=x_label, ylabel="training loss")
     return fig
+
+
+def loss_curves(lines: Mapping[str, Any], *, x_label: str = "training step") -> Figure:
+    """Return training losses of several runs over each other: raw faint, smoothed on top, log axis.
+
+    Args:
+        lines: label to ``(steps [m], losses [m])``; values that are not finite, and not positive
+            on the log axis, are left out. The axis is linear if no loss is positive.
+        x_label: what the steps count.
+    """
+    with _canvas(7.2, 4.2) as fig:
+        axes = fig.subplots()
+        styles = itertools.cycle(itertools.product(("-", "--", ":"), _PALETTE))
+        lows, highs = [], []
+        for (label, (steps, losses)), (dash, color) in zip(lines.items(), styles, strict=False):
+            steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
+            if steps.shape != losses.shape or steps.ndim != 1:
+                got = f"{losses.shape} of {label}"
+                raise fail("loss_curves", "one loss per step", f"shape {steps.shape}", got)
+            kept = np.isfinite(losses) & (losses > 0)
+            steps, losses = steps[kept], losses[kept]
+            smooth = _running_mean(losses, losses.size // 80)
+            thin = slice(None, None, max(1, losses.size // 1500))
+            if losses.size > 40:
+                axes.plot(steps[thin], losses[thin], color=color, alpha=0.18, linewidth=0.6)
+            marker = "o" if losses.size == 1 else None
+            axes.plot(steps, smooth, dash, color=color, marker=marker, label=label)
+            if losses.size:
+                lows.append(np.percentile(losses, 0.5))
+                highs.append(smooth.max())
+        if lows:
+            axes.set(yscale="log", ylim=(0.9 * min(lows), 1.15 * max(highs)))
+            _label_few_decades(axes.yaxis, "log")
+        axes.set(xlabel=x_label, ylabel="training loss")
+        if axes.get_xlim()[1] >= 10_000:
+            axes.xaxis.set_major_formatter(_thousands)
+        if len(lines) > 6:
+            fig.set_figheight(4.2 + 0.2 * math.ceil(len(lines) / 2))
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        elif lines:
+            axes.legend()
+    return fig
+
+
+def _running_mean(values: np.ndarray, half_window: int) -> np.ndarray:
+    """Mean over a window around each value, narrower at the steep start, one-sided at the end."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(values.size)
+    before = np.minimum(i, half_window)
+    after = np.minimum(before, values.size - 1 - i)
+    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
 
 
 def _thousands(value: float, _: Any = None) -> str:
@@ -511,11 +561,10 @@ def label_maps(
         span: first and last value of both a and b.
         corners: ``(a, b)`` of the anchors, marked and numbered from 1.
     """
-    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
     with _canvas(0.4 + 2.4 * max(len(panels), 1), 2.9) as fig:
         from matplotlib.colors import to_rgb
 
-        colors = np.array([to_rgb(color) for color in palette])
+        colors = np.array([to_rgb(color) for color in _PALETTE])
         row = fig.subplots(1, max(len(panels), 1), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (title, labels) in zip(row, panels.items(), strict=False):
             labels = np.asarray(labels)
@@ -614,24 +663,28 @@ def _draw_curves(
     xscale: str,
     yscale: str,
 ) -> None:
-    palette = [_BLUE, _ORANGE, _VIOLET, "#3a8f5c", "#b5495b", "#6b7785", "#a07f1f"]
     for color, (label, (x, y, *spread)) in zip(
-        itertools.cycle(palette), lines.items(), strict=False
+        itertools.cycle(_PALETTE), lines.items(), strict=False
     ):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         axes.plot(x, y, "o-", color=color, markersize=3, label=label)
         if spread:
             axes.fill_between(x, y - spread[0], y + spread[0], color=color, alpha=0.15, lw=0)
-    for color, (label, (x, y)) in zip(itertools.cycle(palette), dashed.items(), strict=False):
+    for color, (label, (x, y)) in zip(itertools.cycle(_PALETTE), dashed.items(), strict=False):
         axes.plot(x, y, "--", color=color, linewidth=1.2, label=label)
     if level is not None:
         axes.axhline(level, color=LINE, linewidth=1)
     axes.set(xscale=xscale, yscale=yscale)
-    for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
-        low, high = axis.get_view_interval()
-        if scale == "log" and high < 300 * low:  # few decades: label 1, 2 and 5 of each
-            from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    _label_few_decades(axes.xaxis, xscale)
+    _label_few_decades(axes.yaxis, yscale)
 
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.set_minor_formatter(NullFormatter())
+
+def _label_few_decades(axis: Any, scale: str) -> None:
+    """Label 1, 2 and 5 of each decade of a log axis, if there are few."""
+    low, high = axis.get_view_interval()
+    if scale == "log" and high < 300 * low:
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())

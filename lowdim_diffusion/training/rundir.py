@@ -184,7 +184,7 @@ class RunDirectory:
             if fcntl is None:  # pragma: no cover - Windows has no flock
                 warnings.warn("no file locks here: start one training per directory", stacklevel=3)
             else:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle)
         except BlockingIOError:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
             os.close(handle)
@@ -206,6 +206,17 @@ class RunDirectory:
             os.close(handle)
             raise
         self._lock = handle
+
+
+def _lock(handle: int) -> None:
+    """Take the lock; again a moment later if it is held: ``lowdim runs`` may be asking for it."""
+    assert fcntl is not None
+    for pause_s in (0.05, 0.2):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(pause_s)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class MetricsLog:

@@ -80,7 +80,7 @@ class TensorBoard:
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._path, self._open = pathlib.Path(path), EventsWriter
-        self._proto, self._summary = event_pb2, summary_pb2.Summary
+        self._proto, self._summary = event_pb2, summary_pb2.Summary  # pyright: ignore
         self._file: Any = None
         self._flushed = 0.0
 
@@ -128,7 +128,7 @@ class WandB:
     def __init__(
         self, path: str | os.PathLike, project: str, config: Mapping[str, Any] | None = None
     ):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._wandb, self._path = wandb, pathlib.Path(path)
         self._project, self._config = project, dict(config or {})

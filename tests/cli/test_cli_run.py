@@ -348,15 +348,6 @@ def test_training_images_are_no_new_samples_and_held_out_ones_are():
     assert analysis._novelty(bad, train.floats(), 0) == (None, None)
 
 
-def test_last_loss_is_of_the_end_of_training():
-    from lowdim_diffusion.cli.analyze import _last_loss
-
-    falling = [(step, 3001.0 - step) for step in range(1, 3001)]
-    assert _last_loss(falling[:100]) == (2903.0, "mean of the last 5 steps")
-    assert _last_loss(falling) == (50.5, "mean of the last 100 steps")
-    assert _last_loss([]) is None
-
-
 @pytest.mark.slow
 def test_analysis_says_when_the_data_have_changed(trained, tmp_path, capsys):
     from lowdim_diffusion import data

@@ -25,7 +25,7 @@ def test_loss_curve_smooths_and_goes_to_log():
     smooth = drawn["mean of 21"]
     kept = np.delete(losses, 7)
     np.testing.assert_allclose(smooth[400, 1], kept[390:411].mean())
-    np.testing.assert_allclose(smooth[[0, -1], 1], kept[[0, -1]])
+    np.testing.assert_allclose(smooth[[0, 2, -1], 1], [kept[0], kept[:5].mean(), kept[-11:].mean()])
     axes = fig.axes[0]
     assert axes.get_yscale() == "log" and axes.get_xlabel() == "training step"
     assert figures.loss_curve(steps, 1 + 0.1 * losses / 3).axes[0].get_yscale() == "linear"
@@ -208,3 +208,22 @@ def test_panels_share_axes_names_and_label_few_decades():
     assert len(two.lines) == 2 and two.lines[1].get_ydata()[0] == 0.05
     with pytest.raises(ValueError, match=r"curve_panels: 1 panels: .* got 2 ylabels and 1 levels"):
         figures.curve_panels({"one": lines}, xlabel="x", ylabels=["y", "z"])
+
+
+def test_loss_curves_lie_over_each_other(tmp_path):
+    steps = np.arange(1, 401)
+    losses = {"a": 2 / steps, "b": np.where(steps % 100, 3.0, np.nan), "one": [0.5], "none": []}
+    count = lambda values: np.arange(1, len(values) + 1)
+    fig = figures.loss_curves({k: (count(v), v) for k, v in losses.items()})
+    axes = fig.axes[0]
+    assert axes.get_yscale() == "log"
+    drawn = lines(fig)
+    assert set(losses) <= set(drawn) and len(drawn["b"]) == 396 and len(axes.lines) == 6
+    np.testing.assert_allclose(drawn["a"][[0, -1], 1], [2.0, np.mean(2 / steps[-6:])])
+    fig.savefig(tmp_path / "a.png")
+    many = figures.loss_curves({f"run {i}": (steps, 1 / steps) for i in range(9)})
+    styles = {(line.get_color(), line.get_linestyle()) for line in many.axes[0].lines[1::2]}
+    assert len(styles) == 9
+    with pytest.raises(ValueError, match="one loss per step"):
+        figures.loss_curves({"a": ([1, 2], [1])})
+    figures.loss_curves({"negative": ([1, 2], [-1, -2])}).savefig(tmp_path / "b.png")
