@@ -109,8 +109,8 @@ def summarize(path: pathlib.Path) -> Summary:
         status = "failed"
         at = f"its newest checkpoint is of step {saved}" if saved else "it has no checkpoint"
         notes.append(f"ended without saving, {at}")
-    speeds = [row.get("images_per_s") for row in _tail(path / "stats.jsonl", [])]
-    speeds = [speed for speed in speeds if _is_number(speed)]
+    stats = _tail(path / "stats.jsonl", [])
+    speeds = [r["images_per_s"] for r in stats if _is_number(r.get("images_per_s"))]
     return Summary(
         path,
         status,
