@@ -60,6 +60,8 @@ class Parts(NamedTuple):
     batcher: data.Batcher
     init: Callable[[], training.TrainState]
     """Makes the state before the first step."""
+    start: Callable[[Params], training.TrainState]
+    """Makes it of other parameters."""
     train_step: training.TrainStep
     """Per-device step, mapped over ``sharding.AXIS``."""
     optimizer: Any
@@ -98,10 +100,11 @@ def parts(config: RunConfig) -> Parts:
         axis_name=AXIS,
         accumulate=config.optim.accumulate,
     )
-    init = lambda: training.init_state(net.init(init_key), optim, ema=average)
+    start = lambda params: training.init_state(params, optim, ema=average)
+    init = lambda: start(net.init(init_key))
     model = Model(config, net, made)
     score = None if held_out is None else held_out_loss(model, held_out)
-    return Parts(model, loaded, batcher, init, step, optim, key, score)
+    return Parts(model, loaded, batcher, init, start, step, optim, key, score)
 
 
 def _given(config: Any, *names: str) -> dict[str, Any]:
@@ -403,6 +406,9 @@ def assumed(config: RunConfig | None = None) -> dict[str, Any]:
     """
     options = dataclasses.asdict(RunConfig() if config is None else config)
     return {
-        name: {k: v for k, v in options[name].items() if k not in _FREE.get(name, ())}
-        for name in ("data", "loss", "optim", "train")
+        **{name: options[name] for name in ("init_from", "init_weights", "init_partial")},
+        **{
+            name: {k: v for k, v in options[name].items() if k not in _FREE.get(name, ())}
+            for name in ("data", "loss", "optim", "train")
+        },
     }

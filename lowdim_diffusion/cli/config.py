@@ -312,6 +312,13 @@ class RunConfig:
     """Seed of everything random: parameters, batches, noise."""
     devices: int | None = option(ge=1)
     """How many devices to train on; unset takes all."""
+    init_from: str | None = None
+    """Start a new run with the weights of another: RUN, RUN@STEP, RUN@best, or an exported
+    .safetensors file."""
+    init_weights: Literal["ema", "params"] = "ema"
+    """Which of its weights: the moving average, or the last ones."""
+    init_partial: bool = False
+    """Take over the weights that fit; name the others, which start afresh."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

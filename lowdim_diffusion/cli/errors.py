@@ -4,7 +4,7 @@ import enum
 import pathlib
 import traceback
 
-__all__ = ["CommandError", "ExitCode", "explain"]
+__all__ = ["CommandError", "ExitCode", "explain", "is_out_of_memory"]
 
 
 class ExitCode(enum.IntEnum):
@@ -54,6 +54,13 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.startswith("lowdim_diffusion.")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the host, has no memory left."""
+    return isinstance(error, MemoryError) or (
+        "RESOURCE_EXHAUSTED" in str(error) and not isinstance(error, OSError)
+    )
+
+
 def explain(error: BaseException) -> tuple[ExitCode, str]:
     """Return the exit code and the line for an exception.
 
@@ -72,7 +79,7 @@ def explain(error: BaseException) -> tuple[ExitCode, str]:
         if error.strerror and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
         return (ExitCode.USAGE if missing else ExitCode.IO), message
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+    if is_out_of_memory(error):
         return ExitCode.INTERNAL, (
             "out of memory; a smaller --train.batch-size or --sample.batch-size, or a larger "
             f"--optim.accumulate, needs less ({message[:200] or type(error).__name__})"

@@ -1,20 +1,22 @@
 """A run read back from its directory, to sample from or to look at; the data are not needed."""
 
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowdim_diffusion import networks
+from lowdim_diffusion import networks, training
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build, toml
 from lowdim_diffusion.cli.config import DataConfig, LossConfig, RunConfig
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
 from lowdim_diffusion.networks.pretrained import PICKLED
+from lowdim_diffusion.networks.weights import is_own
 from lowdim_diffusion.training import checkpoint
 
-__all__ = ["LoadedRun", "load_run"]
+__all__ = ["LoadedRun", "Start", "load_run", "start"]
 
 
 class LoadedRun(NamedTuple):
@@ -36,15 +38,19 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     """Return a run with a sound checkpoint; reads only, also beside a running training.
 
     Args:
-        path: run directory, or a pretrained network: a diffusers folder, or a ``.safetensors`` file
-            of an EDM release. What is written goes into the folder, or one named after the file.
-        step: which checkpoint; the newest sound one if None.
+        path: run directory; ``RUN@STEP`` or ``RUN@best`` for one of its checkpoints; an exported
+            ``.safetensors`` file; or a pretrained network: a diffusers folder, or a
+            ``.safetensors`` file of an EDM release. What is written goes into the folder, or one
+            named after the file.
+        step: which checkpoint, if the path does not say; the newest sound one if None.
 
     Raises:
         CommandError: if there is no run, or it has no checkpoint yet.
         NoUsableCheckpointError: if all checkpoints are damaged.
     """
-    root = pathlib.Path(path)
+    root, at = _place(path)
+    if root.suffix == ".safetensors" and root.is_file() and is_own(root):
+        return _exported(root)
     if root.suffix in (".safetensors", *PICKLED) and not root.is_dir():
         return _pretrained(root.with_suffix(""), networks.from_edm(root))
     if not root.is_dir():
@@ -57,22 +63,92 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     steps = checkpoint.all_steps(root / "checkpoints")
     if not steps:
         raise CommandError(f"{root} has no checkpoint yet", ExitCode.NO_CHECKPOINT)
+    if at == "best":
+        step = checkpoint.best(root / "checkpoints")
+        if step is None:
+            raise CommandError(
+                f"no checkpoint of {root} has a held-out loss; train with --data.held-out"
+            )
+    elif at:
+        step = int(at)
     if step is not None and step not in steps:
         have = ", ".join(map(str, steps))
         raise CommandError(f"{root} has no checkpoint of step {step}, only of {have}")
-    found = checkpoint.load(root / "checkpoints", step)
+    found = checkpoint.load(root / "checkpoints", step, only=("params", "ema"))
     # What is in the checkpoint decides: config.toml may have been edited since.
-    config = toml.loads(found.meta["config"], source=f"{root}: checkpoint {found.step}")
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in found.meta["fixed"]["model"].items()
-    }
-    net = networks.make(options.pop("name"), **options)
-    model = build.Model(config, net, build.schedule(config.schedule))
+    model = _model(found.meta["config"], found.meta["fixed"], f"{root}: checkpoint {found.step}")
     state = jax.tree.map(jnp.asarray, found.state)
     params, averages = state["params"], state.get("ema", {})
     data = found.meta["fixed"]["data_sha256"]
     return LoadedRun(root, model, found.step, params, averages.get("0", params), data)
+
+
+def _place(path: str) -> tuple[pathlib.Path, str]:
+    """Return the path and what stands behind its last @: a step, ``best`` or nothing."""
+    name, _, at = path.rpartition("@")
+    if name and (at == "best" or at.isdecimal()) and not pathlib.Path(path).exists():
+        return pathlib.Path(name), at
+    return pathlib.Path(path), ""
+
+
+def _model(config_text: str, fixed: Mapping[str, Any], source: str) -> build.Model:
+    config = toml.loads(config_text, source=source)
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in fixed["model"].items()
+    }
+    net = networks.make(options.pop("name"), **options)
+    return build.Model(config, net, build.schedule(config.schedule))
+
+
+def _exported(path: pathlib.Path) -> LoadedRun:
+    """Weights that ``lowdim export`` wrote."""
+    stored, about = networks.load_weights(path)
+    model = _model(about["config"], about, str(path))
+    params = jax.tree.map(jnp.asarray, stored)
+    out = path.with_suffix("")
+    return LoadedRun(out, model, about["step"], params, params, about["data_sha256"])
+
+
+class Start(NamedTuple):
+    """Where the weights of a new run come from."""
+
+    init: Callable[[], training.TrainState]
+    """Makes the state before the first step."""
+    about: dict[str, Any]
+    """Of which run, step and weights they are."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def start(config: RunConfig, parts: build.Parts) -> Start:
+    """Return the start that ``--init-from`` asks for.
+
+    Raises:
+        CommandError: if there is no such run.
+        IncompatibleStateError: if its weights do not fit, naming the first that does not.
+    """
+    assert config.init_from is not None
+    loaded = load_run(config.init_from)
+    weights = loaded.averaged if config.init_weights == "ema" else loaded.params
+    fresh = parts.init().params
+    params, left = training.transfer(weights, fresh, partial=config.init_partial)
+    about = {
+        "from": str(loaded.path.absolute()),
+        "step": loaded.step,
+        "weights": config.init_weights,
+        "digest": checkpoint.digest(weights)["digest"],
+    }
+    notes = [f"weights of {config.init_from}, step {loaded.step} ({config.init_weights})"]
+    notes += [f"not taken over: {path}, {what}" for path, what in left.items()]
+    before, now = loaded.model.config, parts.model.config
+    for name, a, b in (
+        ("loss.parametrization", before.loss.parametrization, now.loss.parametrization),
+        ("schedule", before.schedule.name, now.schedule.name),
+    ):
+        if a != b:
+            notes.append(f"warning: they were trained with {name} {a!r}, here it is {b!r}")
+    return Start(lambda: parts.start(params), about, notes)
 
 
 def _pretrained(out: pathlib.Path, found: networks.Pretrained) -> LoadedRun:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.build import Parts
 
-__all__ = ["bytes_text", "describe", "state_bytes"]
+__all__ = ["bytes_text", "describe", "state_bytes", "too_large"]
 
 
 def state_bytes(tree: Any) -> int:
@@ -50,6 +50,23 @@ def describe(parts: Parts, mesh: Mesh) -> str:
     }
     lines = [f"{name:<12} {value}" for name, value in rows.items()]
     return "\n".join([toml.dumps(config).rstrip(), "", *(f"# {line}" for line in lines)])
+
+
+def too_large(parts: Parts, mesh: Mesh, error: BaseException) -> str:
+    """Return what to lower after training ran out of memory, with the values it has now."""
+    config, batch = parts.model.config, parts.model.config.train.batch_size
+    once = batch // mesh.size // config.optim.accumulate
+    size = bytes_text(state_bytes(jax.eval_shape(parts.init)))
+    precise = parts.model.net.config.get("dtype") == "float32"
+    half = ", --model.dtype bfloat16 halves what it keeps" if precise else ""
+    said = " ".join(str(error).split())[:160] or type(error).__name__
+    return (
+        f"out of memory on {mesh.devices.flat[0].device_kind}: the state takes {size} and {once} "
+        f"examples are worked through at once (--train.batch-size {batch} on {mesh.size} devices, "
+        f"--optim.accumulate {config.optim.accumulate}). Raise --optim.accumulate (same result) or "
+        f"lower the batch size{half}; if it came while sampling, lower --sample.batch-size "
+        f"{config.sample.batch_size} ({said})"
+    )
 
 
 def bytes_text(count: int) -> str:

@@ -26,8 +26,8 @@ class SampleArguments:
     """What ``lowdim sample`` is given; unset options are as in the run's own [sample] section."""
 
     run: str = ""
-    """Run directory to sample from, or a pretrained network: a folder of diffusers, or a
-    .safetensors file of EDM (required)."""
+    """Run to sample from: its directory, RUN@STEP, RUN@best, its exported .safetensors; or a
+    pretrained network: a folder of diffusers, a .safetensors file of EDM (required)."""
     out: str | None = None
     """File for the samples, .npz; pictures also go to a .png beside it. Unset: into the run."""
     seed: int = option(0, ge=0, lt=2**32)

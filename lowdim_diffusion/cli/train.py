@@ -8,7 +8,7 @@ from typing import Any
 
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.config import RunConfig
-from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.errors import CommandError, ExitCode, is_out_of_memory
 from lowdim_diffusion.cli.parse import parse_run
 
 __all__ = ["main", "run"]
@@ -22,6 +22,7 @@ lowdim train                                         # the built-in digits
 lowdim train --preset mnist --data.path ~/mnist --out runs/mnist
 lowdim train --out runs/mnist                        # continue it
 lowdim train --out runs/mnist --train.steps 20000    # train on
+lowdim train --config runs/a/config.toml --init-from runs/a --out runs/b
 lowdim train --data.path photos/ --data.size 32 --model.channel-mult 1 2 2
 lowdim train --preset cifar10-paper --data.path ~/cifar-10.tar.gz --dry-run
 lowdim train --config runs/mnist/config.toml --seed 1 --out runs/mnist-seed1"""
@@ -49,7 +50,8 @@ def run(
         hints: end with what to do next.
     """
     from lowdim_diffusion import sharding
-    from lowdim_diffusion.cli import build, plan
+    from lowdim_diffusion.cli import build, loading, plan
+    from lowdim_diffusion.training import checkpoint
 
     mesh = sharding.data_mesh(config.devices)
     sharding.check_batch(config.train.batch_size, mesh.size)
@@ -60,15 +62,25 @@ def run(
             f"of each device (--train.batch-size {config.train.batch_size} on {mesh.size} devices)"
         )
     parts = build.parts(config)
+    start = None
+    if config.init_from is not None and not checkpoint.all_steps(f"{config.out}/checkpoints"):
+        start = loading.start(config, parts)
     if dry_run:
         print(plan.describe(parts, mesh))
         return ExitCode.DONE
     stdout: Any = _Patient(sys.stdout)
     with contextlib.redirect_stdout(stdout):
-        return _train(config, parts, mesh, hints, reset_optimizer)
+        try:
+            return _train(config, parts, start, mesh, hints, reset_optimizer)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CommandError(plan.too_large(parts, mesh, error), ExitCode.INTERNAL) from error
 
 
-def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool, reset_optimizer: bool) -> int:
+def _train(
+    given: RunConfig, parts: Any, start: Any, mesh: Any, hints: bool, reset_optimizer: bool
+) -> int:
     from lowdim_diffusion import training
     from lowdim_diffusion.cli import build, drawing
     from lowdim_diffusion.training.progress import ConsoleMonitor, usage
@@ -79,6 +91,8 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool, reset_optimizer
     sinks = _sinks(config)
     monitor = ConsoleMonitor(unit="images" if parts.dataset.is_image else "examples")
     with RunDirectory(config.out) as directory:
+        for line in [] if start is None else start.notes:
+            monitor.note(line)
         kind = mesh.devices.flat[0].device_kind
         monitor.note(parts.dataset.describe())
         monitor.note(f"{net.name} with {net.num_params:,} parameters on {mesh.size} x {kind}")
@@ -95,7 +109,7 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool, reset_optimizer
 
         outcome = train(
             directory,
-            parts.init,
+            parts.init if start is None else start.init,
             parts.train_step,
             parts.batcher.examples,
             parts.batcher.arrays,
@@ -107,7 +121,11 @@ def _train(given: RunConfig, parts: Any, mesh: Any, hints: bool, reset_optimizer
             config_text=toml.dumps(given),
             fixed=build.fixed(parts),
             assumed=build.assumed(),
-            meta={"config": toml.dumps(config), "data": parts.dataset.describe()},
+            meta={
+                "config": toml.dumps(config),
+                "data": parts.dataset.describe(),
+                **({} if start is None else {"init": start.about}),
+            },
             checkpoint_every=config.checkpoint.every,
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,

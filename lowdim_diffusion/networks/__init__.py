@@ -40,17 +40,21 @@ from lowdim_diffusion._checks import fail
 from lowdim_diffusion.networks._network import Network, near
 from lowdim_diffusion.networks.adapters import from_linen, from_nnx
 from lowdim_diffusion.networks.pretrained import Pretrained, from_diffusers, from_edm
+from lowdim_diffusion.networks.weights import Weights, load_weights, save_weights
 
 __all__ = [
     "NAMES",
     "Network",
     "Pretrained",
+    "Weights",
     "from_diffusers",
     "from_edm",
     "from_linen",
     "from_nnx",
+    "load_weights",
     "make",
     "options",
+    "save_weights",
 ]
 
 NAMES = ("diffusers_unet", "dit", "linear", "lowrank", "mlp", "song_unet", "unet")

@@ -106,7 +106,7 @@ def read_tensors(where: str, path: Path) -> Tensors:
         ModuleNotFoundError: if the library safetensors is not installed.
     """
     files = find_weights(where, path)
-    safetensors = _library(where)
+    safetensors = library(where)
     tensors: Tensors = {}
     for file in files:
         try:
@@ -127,9 +127,10 @@ def read_tensors(where: str, path: Path) -> Tensors:
     return tensors
 
 
-def _library(where: str) -> Any:
+def library(where: str) -> Any:
+    """Return the library safetensors, or say how to install it."""
     try:
-        import safetensors
+        import safetensors.numpy
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"{where} needs safetensors, which is not installed: "

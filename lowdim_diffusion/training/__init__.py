@@ -9,6 +9,7 @@ from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, ma
 from lowdim_diffusion.training.subspace import SubspaceFit, denoising_loss, fit_subspaces
 from lowdim_diffusion.training.sweep import Sweep, sweep, table
 from lowdim_diffusion.training.trainer import LossSpikeError, NonFiniteLossError, Outcome, train
+from lowdim_diffusion.training.transfer import transfer
 
 __all__ = [
     "ConsoleMonitor",
@@ -39,4 +40,5 @@ __all__ = [
     "table",
     "throughput",
     "train",
+    "transfer",
 ]

@@ -106,7 +106,7 @@ def train(
         fixed: values that a resumed run must share with the first (seed, data, batch size, ...).
         assumed: what to take for values of ``fixed`` that a run did not record, since they did not
             exist when it was written.
-        meta: further values stored in every checkpoint.
+        meta: further values stored in every checkpoint, beside those of the one before.
         checkpoint_every: steps between checkpoints; the last step, and the step at which a signal
             came, are saved too.
         keep: how many of the newest checkpoints stay.
@@ -176,7 +176,7 @@ def train(
             note(f"warning: not the set-up that wrote this, bits may differ: {'; '.join(changed)}")
         if config_text:
             run.write_config(config_text)
-        record = {**(meta or {}), "fixed": fixed}
+        record = {**(found.meta if found else {}), **(meta or {}), "fixed": fixed}
 
         def save(step: int, score: float | None = None) -> None:
             log.flush()  # the rows of a checkpoint's steps are on disk before it is

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowdim_diffusion import training
 from lowdim_diffusion.cli import build, main, toml
 from lowdim_diffusion.training import checkpoint
 from lowdim_diffusion.training.rundir import read_metrics
@@ -126,3 +127,75 @@ def test_skips_from_the_command_line(tmp_path, capsys):
     assert [row["skipped"] for row in rows[-5:]] == [1, 2, 3, 4, 5]
     about = json.loads((tmp_path / "r" / "bad_batch.json").read_text())
     assert about["step"] == rows[-1]["step"] and len(about["rows"]) == 32
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------
+
+
+def weights_of(run, name="params"):
+    state = checkpoint.load(run / "checkpoints").state
+    return state["params"] if name == "params" else state["ema"]["0"]
+
+
+def test_a_new_run_starts_with_the_weights_of_another(trained, tmp_path, capsys):
+    nothing = "--train.steps 1 --optim.lr 1e-30 --optim.warmup 0 --seed 5".split()
+    for source, argv, step, name in (
+        (f"{trained}@10", ["--init-weights", "params"], 10, "params"),
+        (f"{trained}@best", [], checkpoint.best(trained / "checkpoints"), "ema"),
+    ):
+        out = tmp_path / name
+        assert train(out, "--init-from", source, *argv, *nothing) == 0
+        assert f"weights of {source}, step {step} ({name})" in capsys.readouterr().out
+        state = checkpoint.load(trained / "checkpoints", step).state
+        expected = state["params"] if name == "params" else state["ema"]["0"]
+        np.testing.assert_array_equal(weights_of(out)["bases"], expected["bases"])
+        meta = checkpoint.load(out / "checkpoints").meta
+        assert meta["init"] == {
+            "from": str(trained),
+            "step": step,
+            "weights": name,
+            "digest": checkpoint.digest(expected)["digest"],
+        }
+    # It continues without its source, remembers it, and no other can take its place.
+    assert main(["train", "--out", str(out), "--train.steps", "2"]) == 0
+    assert checkpoint.load(out / "checkpoints").meta["init"] == meta["init"]
+    assert main(["train", "--out", str(out), "--train.steps", "3", "--init-from", "x"]) == 2
+    assert "init_from: " in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_named_and_left_only_when_asked_to(trained, tmp_path, capsys):
+    other = ["--init-from", str(trained), "--model.num-components", "3", "--train.steps", "1"]
+    assert train(tmp_path / "a", *other) == 2
+    err = capsys.readouterr().err
+    assert "bases is float32[2,48,6] there, float32[3,48,6] here" in err and err.count("\n") == 1
+    assert train(tmp_path / "a", *other, "--init-partial") == 2
+    assert "no leaf of the weights fits" in capsys.readouterr().err
+    assert train(tmp_path / "a", "--init-from", str(tmp_path / "nowhere")) == 2
+    assert train(tmp_path / "a", "--init-from", f"{trained}@11") == 2
+    assert "only of 10, 20" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_transfer_takes_what_fits():
+    old = {"a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "c": jnp.ones(2)}
+    new = {"a": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3, jnp.bfloat16)}, "d": jnp.zeros(2)}
+    with pytest.raises(checkpoint.IncompatibleStateError, match=r"a/b is float32\[3\] there, bfl"):
+        training.transfer(old, new)
+    params, left = training.transfer(old, new, partial=True)
+    assert list(left) == ["a/b", "c", "d"] and left["d"] == "absent there, float32[2] here"
+    assert params["a"]["w"].sum() == 6 and params["a"]["b"].sum() == 0 and "c" not in params
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(training.trainer, "compile_loop", full)
+    assert train(tmp_path / "r", "--optim.accumulate", "4") == 1
+    err = capsys.readouterr().err
+    assert "out of memory on cpu: the state takes" in err and err.count("\n") == 1
+    assert "8 examples are worked through at once (--train.batch-size 32 on 1 devices" in err
+    assert "--optim.accumulate 4" in err and "--sample.batch-size 64" in err
