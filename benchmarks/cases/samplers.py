@@ -1,5 +1,6 @@
 """What a sampler adds to the denoiser calls it makes, and whole runs beside torch's loops."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,37 +11,51 @@ from benchmarks.cases._nets import BATCH, CHANNELS, IMAGES
 from benchmarks.harness import Case, Variant, jitted
 from benchmarks.peers import samplers as peers
 from benchmarks.peers import unets
-from lowdim_diffusion import denoisers, linalg, sampling, schedules, solvers
+from lowdim_diffusion import denoisers, linalg, sampling, schedules, sharding, solvers
 from lowdim_diffusion.distributions import MoLRG
 
 STEPS = 18
 BETAS = schedules.beta_table("linear")
 SHAPE = {"smoke": (8, 48), "small": (64, 48), "medium": (256, 192), "large": (256, 3072)}
+OVERHEAD = {
+    "heun": (solvers.heun(), 18),
+    "ddim": (solvers.ddim(), 50),
+    "dpmpp": (solvers.dpmpp_2m(), 20),
+    "ancestral": (solvers.ancestral(), 50),
+}
+"""Solver and steps."""
 
 
-def _overhead(size: str) -> list[Variant]:
+def _overhead(name: str, size: str) -> list[Variant]:
     """An almost free denoiser, so that what remains is the sampler itself."""
-    schedule = schedules.VE()
-    ts = schedules.karras_grid(STEPS)
-    shape = SHAPE[size]
+    solver, num_steps = OVERHEAD[name]
+    schedule, ts = schedules.VE(), schedules.karras_grid(num_steps)
     denoise_fn = lambda x, t: x / (1 + t**2)
-    levels = schedules.karras_grid(2 * STEPS - 1)[:-1]
+    x = 80 * jax.random.normal(jax.random.key(0), SHAPE[size])
+    draw = lambda key, x: sampling.sample(key, denoise_fn, schedule, ts, x, solver=solver)
+    nfe = draw(jax.random.key(0), x).nfe
+    variants = [_calls(denoise_fn, ts, nfe, x, nfe)]
+    if solver.stochastic:
+        variants = [_calls_and_noise(denoise_fn, ts, nfe, x)]
+    named = f"{solver.name}, {num_steps} steps"
+    ours = jitted(named, lambda key, x: draw(key, x).x, jax.random.key(0), x, units=nfe)
+    return [*variants, ours]
 
-    def bare(x: Any) -> Any:
-        """As many denoiser calls as Heun makes, and nothing else."""
-        body = lambda x, t: (denoise_fn(x, t), None)
-        return jax.lax.scan(body, x, levels)[0]
 
-    x = 80 * jax.random.normal(jax.random.key(0), shape)
-    variants = [jitted("bare denoiser calls", bare, x, units=2 * STEPS - 1)]
-    for solver in _solvers():
+def _calls_and_noise(denoise_fn: Any, ts: Any, nfe: int, x: Any) -> Variant:
+    """As many calls of the denoiser, and one normal array of the examples' own keys for each."""
+    levels = jnp.asarray(np.resize(ts[:-1], nfe), x.dtype)
+    keys = sharding.example_keys(jax.random.key(0), jnp.arange(len(x)))
 
-        def draw(key: Any, x: Any, solver: Any = solver) -> Any:
-            return sampling.sample(key, denoise_fn, schedule, ts, x, solver=solver).x
+    def run(x: Any) -> Any:
+        def body(x: Any, step: Any) -> tuple[Any, None]:
+            t, i = step
+            one = lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:])
+            return denoise_fn(x, t) + t * jax.vmap(one)(keys), None
 
-        nfe = sampling.sample(jax.random.key(0), denoise_fn, schedule, ts, x, solver=solver).nfe
-        variants.append(jitted(solver.name, draw, jax.random.key(0), x, units=nfe))
-    return variants
+        return jax.lax.scan(body, x, (levels, jnp.arange(nfe)))[0]
+
+    return jitted(f"{nfe} bare calls and draws", run, x, units=nfe)
 
 
 def _exact(size: str) -> list[Variant]:
@@ -86,14 +101,14 @@ def _ours(denoise_fn: Any, schedule: Any, ts: Any, x: Any, solver: Any) -> Varia
     return jitted(f"{solver.name}, {len(ts) - 1} steps", run, x, units=x.shape[0])
 
 
-def _calls(denoise_fn: Any, ts: Any, nfe: int, x: Any) -> Variant:
+def _calls(denoise_fn: Any, ts: Any, nfe: int, x: Any, units: int) -> Variant:
     """As many calls of the denoiser, and nothing else."""
     levels = jnp.asarray(np.resize(ts[:-1], nfe), x.dtype)
 
     def run(x: Any) -> Any:
         return jax.lax.scan(lambda x, t: (denoise_fn(x, t), None), x, levels)[0]
 
-    return jitted(f"{nfe} bare calls", run, x, units=x.shape[0])
+    return jitted(f"{nfe} bare calls", run, x, units=units)
 
 
 def _theirs(name: str, ours: Variant, x: Any, sample: Any) -> Variant:
@@ -116,7 +131,7 @@ def _heun_18(size: str) -> list[Variant]:
     ts = np.asarray(schedules.times_from_sigmas(schedule, sigmas), np.float64)
     alpha = float(schedule.alpha(ts[0]))
     ours = _ours(denoise_fn, schedule, ts, x, solvers.heun())
-    variants = [ours, _calls(denoise_fn, ts, 35, x)]
+    variants = [ours, _calls(denoise_fn, ts, 35, x, len(x))]
     if model is None:
         return variants
     denoise = peers.denoiser(model, BETAS)
@@ -130,7 +145,7 @@ def _dpmpp_20(size: str) -> list[Variant]:
     # Twenty of diffusers' evenly spaced steps; its first one is 999, counted from 0.
     ts = np.append(np.linspace(0, 999, 21).round()[:0:-1] + 1, 0.0)
     ours = _ours(denoise_fn, schedule, ts, x, solvers.dpmpp_2m())
-    variants = [ours, _calls(denoise_fn, ts, 20, x)]
+    variants = [ours, _calls(denoise_fn, ts, 20, x, len(x))]
     if model is None:
         return variants
     scheduler = peers.diffusers_scheduler("DPMSolverMultistepScheduler", BETAS)
@@ -150,7 +165,7 @@ def _ddim_50(size: str) -> list[Variant]:
     model, denoise_fn, schedule, x = _unet(size)
     ts = np.append(np.arange(980, -1, -20) + 1.0, 0.0)
     ours = _ours(denoise_fn, schedule, ts, x, solvers.ddim())
-    variants = [ours, _calls(denoise_fn, ts, 50, x)]
+    variants = [ours, _calls(denoise_fn, ts, 50, x, len(x))]
     if model is None:
         return variants
     scheduler = peers.diffusers_scheduler("DDIMScheduler", BETAS)
@@ -158,10 +173,36 @@ def _ddim_50(size: str) -> list[Variant]:
     return [*variants, _theirs("torch, diffusers", ours, x, loop)]
 
 
+def _ddim_50_jax(size: str) -> list[Variant]:
+    """DDIM in JAX: the same network under rectified flow."""
+    shape = IMAGES[size]
+    net, params = unets.network(shape, CHANNELS[size], None)
+    schedule = schedules.RectifiedFlow()
+    denoise_fn = denoisers.from_network(net, params, schedule, data_std=0.5)
+    ts = np.linspace(1 - 1e-6, 1e-6, 51)
+    x = jax.random.normal(jax.random.key(0), (BATCH[size], *shape))
+    ours = _ours(denoise_fn, schedule, ts, x, solvers.ddim())
+    variants = [ours, _calls(denoise_fn, ts, 50, x, len(x))]
+    if peers.has_hackable_diffusion():
+        key, theirs = jax.random.key(0), peers.hackable_ddim(denoise_fn, 50)
+        variants.append(jitted("hackable_diffusion", theirs, key, x, units=len(x)))
+        unets.check_close("hackable_diffusion", variants[-1].call(), ours.call(), 5e-3)
+    return variants
+
+
 CASES = [
-    Case("sampler-overhead", "denoiser call", _overhead, "heun at most 1.7 of the bare calls"),
+    *(
+        Case(
+            f"sampler-overhead-{name}",
+            "denoiser call",
+            functools.partial(_overhead, name),
+            f"at most {bar} of the bare calls",
+        )
+        for name, bar in (("heun", 1.5), ("ddim", 1.5), ("dpmpp", 2.6), ("ancestral", 1.5))
+    ),
     Case("sampler-molrg", "sample", _exact),
     Case("sampler-heun-18", "sample", _heun_18, most_rounds=5),
     Case("sampler-dpmpp-20", "sample", _dpmpp_20, most_rounds=5),
     Case("sampler-ddim-50", "sample", _ddim_50, most_rounds=5),
+    Case("sampler-ddim-50-jax", "sample", _ddim_50_jax, most_rounds=5),
 ]

@@ -1,6 +1,6 @@
 """Loops around a torch network: EDM's Heun, k-diffusion's DPM-Solver++(2M), diffusers' schedulers.
 
-Each function returns samples ``[b, c, h, w]`` of a discrete noise-predicting model. EDM's and
+And, in JAX, the sampler of google's hackable_diffusion. Each torch function returns samples ``[b, c, h, w]`` of a discrete noise-predicting model. EDM's and
 k-diffusion's samplers want a denoiser of ``x / alpha``; it is wrapped as both libraries do it.
 """
 
@@ -78,3 +78,23 @@ def diffusers_scheduler(name: str, betas: np.ndarray) -> Any:
     if name == "DDIMScheduler":
         options["clip_sample"] = False
     return getattr(diffusers, name)(**options)
+
+
+def has_hackable_diffusion() -> bool:
+    """Return whether google's library is on the path: a clone, with ``pip install immutabledict``."""
+    return importlib.util.find_spec("hackable_diffusion") is not None
+
+
+def hackable_ddim(denoise_fn: Callable[[Any, Any], Any], num_steps: int) -> Callable[..., Any]:
+    """Return ``(key, x_T) -> x``: its DDIM on straight lines, ``num_steps`` evaluations."""
+    from hackable_diffusion.lib import corruption  # pyright: ignore[reportMissingImports]
+    from hackable_diffusion.lib import sampling as theirs  # pyright: ignore[reportMissingImports]
+
+    process = corruption.GaussianProcess(schedule=corruption.RFSchedule())
+    sampler = theirs.DiffusionSampler(
+        time_schedule=theirs.UniformTimeSchedule(),
+        stepper=theirs.DDIMStep(corruption_process=process, stoch_coeff=0.0),
+        num_steps=num_steps + 1,
+    )
+    infer = lambda xt, conditioning, time: {"x0": denoise_fn(xt, time.reshape(-1))}
+    return lambda key, x: sampler(infer, key, x)[0].xt

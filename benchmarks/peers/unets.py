@@ -80,7 +80,12 @@ def to_torch(a: Any) -> Any:
 
 def check_agreement(what: str, theirs: Any, ours: Any, tolerance: float) -> None:
     """Raise unless a torch result ``[b, c, h, w]`` equals ours, relative to the largest entry."""
-    a, b = np.moveaxis(theirs.numpy(), 1, -1), np.asarray(ours)
+    check_close(what, np.moveaxis(theirs.numpy(), 1, -1), ours, tolerance)
+
+
+def check_close(what: str, theirs: Any, ours: Any, tolerance: float) -> None:
+    """Raise unless two arrays are equal, relative to the largest entry."""
+    a, b = np.asarray(theirs), np.asarray(ours)
     off = float(np.abs(a - b).max() / np.abs(b).max())
     if not off < tolerance:
         raise RuntimeError(f"{what} computes something else: off by {off:.1e}")
