@@ -15,6 +15,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="names, or beginnings of names")
     parser.add_argument("--repeats", type=int, help="rounds over all variants of a case")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cases that DIR holds from this environment"
+    )
     options = parser.parse_args()
     from benchmarks.cases import CASES
 
@@ -32,8 +35,11 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    results = []
+    results = harness.finished(options.out / "benchmarks.json", options.size) * options.resume
     for case in chosen.values():
+        if any(result["case"] == case.name for result in results):
+            print(f"{case.name}: kept", flush=True)
+            continue
         results.append(harness.run(case, options.size, options.repeats))
         print(harness.table(results[-1]), end="\n\n", flush=True)
         harness.write(options.out / "benchmarks.json", results)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lowdim_diffusion import _files
+
 SIZES = ("smoke", "small", "medium", "large")
 SHORT_S = 5e-3
 """A call that takes microseconds is made for so long, lest the system's own work decide."""
@@ -141,7 +143,17 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write timings and environment as JSON."""
+    """Write timings and environment as JSON; a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": environment(), "results": list(results)}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _files.write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def finished(path: pathlib.Path, size: str) -> list[dict[str, Any]]:
+    """Return the timings of a size that an earlier run left, if it was in this environment."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["environment"] | {"time": None} != environment() | {"time": None}:
+        return []
+    return [result for result in found["results"] if result["size"] == size]

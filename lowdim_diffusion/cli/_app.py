@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     name = "lowdim"
     as_before = warnings.formatwarning
+    _prepare_streams()
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             commands = "\n".join(f"  {k:<12} {v}" for k, v in COMMANDS.items())
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] == "--version":
             print(f"lowdim {__version__}")
             return _finish(0)
+        if odd := [a for a in arguments if _undecoded(a)]:
+            return _finish(_not_text(odd[0]))
         command, *rest = arguments
         if command not in COMMANDS:
             return _finish(_unknown(command))
@@ -87,6 +90,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(code)
     finally:
         warnings.formatwarning = as_before
+
+
+def _prepare_streams() -> None:
+    """Make printing safe where a stream is closed, or cannot show every letter.
+
+    A closed descriptor below 3 would become that of the next file, a lock or a checkpoint, and what
+    libraries print would end up in it.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
+        elif name == "stdout" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _undecoded(text: str) -> bool:
+    """Whether some of its bytes had no meaning in the encoding of the surroundings."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _not_text(argument: str) -> int:
+    shown = argument.encode("ascii", "backslashreplace").decode()
+    print(
+        f"lowdim: error: '{shown}' is not text in this locale ({sys.getfilesystemencoding()}); "
+        "set LC_ALL=C.UTF-8, or use plain names",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _format_warning(name: str, message: object, *where: object) -> str:

@@ -213,9 +213,9 @@ def _copying(measured: Any) -> dict[str, tuple[str, str]]:
 def _versions(path: pathlib.Path) -> dict[str, str]:
     try:
         found = json.loads((path / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {name: str(value) for name, value in found.items() if value != ""}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
-    return {name: str(value) for name, value in found.items() if value != ""}
 
 
 def _summary(measured: Any) -> str:

@@ -445,8 +445,10 @@ def check_guidance(sample: SampleConfig, loss: LossConfig) -> None:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ``ValueError`` in one line if a number is outside the range of its option."""
+    """Raise ``ValueError`` in one line if a value is outside the range of its option."""
     for name, f, value in options_of(config):
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{flag(name)} holds a NUL character, got {value!r}")
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         for number in values:
             if isinstance(number, int | float) and not isinstance(number, bool):

@@ -76,10 +76,11 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
         raise CommandError(f"{root} has no checkpoint of step {step}, only of {have}")
     found = checkpoint.load(root / "checkpoints", step, only=("params", "ema"))
     # What is in the checkpoint decides: config.toml may have been edited since.
-    model = _model(found.meta["config"], found.meta["fixed"], f"{root}: checkpoint {found.step}")
+    source = f"{root}: checkpoint {found.step}"
+    model = _model(found.meta, found.meta.get("fixed"), found.state.get("params"), source)
     state = jax.tree.map(jnp.asarray, found.state)
     params, averages = state["params"], state.get("ema", {})
-    data = found.meta["fixed"]["data_sha256"]
+    data = found.meta["fixed"].get("data_sha256", "")
     return LoadedRun(root, model, found.step, params, averages.get("0", params), data)
 
 
@@ -91,23 +92,42 @@ def _place(path: str) -> tuple[pathlib.Path, str]:
     return pathlib.Path(path), ""
 
 
-def _model(config_text: str, fixed: Mapping[str, Any], source: str) -> build.Model:
-    config = toml.loads(config_text, source=source)
-    options: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in fixed["model"].items()
-    }
-    net = networks.make(options.pop("name"), **options)
+def _model(about: Mapping[str, Any], fixed: Any, params: Any, source: str) -> build.Model:
+    """Return what ``about["config"]`` and ``fixed["model"]`` say, which must fit the parameters."""
+    try:
+        config = toml.loads(about["config"], source=source)
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fixed["model"].items()
+        }
+        name = options.pop("name")
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        numbers = [n for v in options.values() for n in (v if isinstance(v, tuple) else (v,))]
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CommandError(f"{source} was not written by 'lowdim train' ({reason})") from error
+    # Before anything is made of it: every width, depth or class has a parameter at least.
+    fits = all(number <= count for number in numbers if isinstance(number, int))
+    if fits:
+        net = networks.make(name, **options)
+        shapes = jax.tree.map(jnp.shape, jax.eval_shape(net.init, jax.random.key(0)))
+        fits = shapes == jax.tree.map(jnp.shape, params)
+    if not fits:
+        raise CommandError(
+            f"{source} holds {count:,} parameters, which are not those of the network that it "
+            f"describes: {name} with {options}"
+        )
     return build.Model(config, net, build.schedule(config.schedule))
 
 
 def _exported(path: pathlib.Path) -> LoadedRun:
     """Weights that ``lowdim export`` wrote."""
     stored, about = networks.load_weights(path)
-    model = _model(about["config"], about, str(path))
+    model = _model(about, about, stored, str(path))
     params = jax.tree.map(jnp.asarray, stored)
     out = path.with_suffix("")
-    return LoadedRun(out, model, about["step"], params, params, about["data_sha256"])
+    data = about.get("data_sha256", "")
+    return LoadedRun(out, model, about.get("step", 0), params, params, data)
 
 
 class Start(NamedTuple):

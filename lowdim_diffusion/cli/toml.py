@@ -24,6 +24,8 @@ from lowdim_diffusion.cli.config import RunConfig, options_of
 
 __all__ = ["dumps", "load", "loads", "suggest"]
 
+_MAX_BYTES = 10**6
+
 
 def suggest(name: str, names: Iterable[str]) -> str:
     """Return ``"; did you mean X?"`` for the nearest of some dotted names, or an empty string."""
@@ -53,7 +55,7 @@ def loads(text: str, *, base: RunConfig | None = None, source: str = "config") -
     """
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nests beyond all measure
         raise ValueError(f"{source}: not valid TOML: {error}") from None
     base = RunConfig() if base is None else base
     try:
@@ -65,7 +67,10 @@ def loads(text: str, *, base: RunConfig | None = None, source: str = "config") -
 def load(path: str | pathlib.Path, *, base: RunConfig | None = None) -> RunConfig:
     """Return the config in a TOML file on top of ``base``; see :func:`loads`."""
     path = pathlib.Path(path)
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{path}: not a config: larger than {_MAX_BYTES // 10**6} MB")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ References:
 import contextlib
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,27 @@ def load_npy(path: Path, *, name: str, max_bytes: int | None = None) -> Dataset:
 
 def load_npz(path: Path, *, split: str | None, name: str, max_bytes: int | None = None) -> Dataset:
     """Return examples and labels of an ``.npz`` file, by the names of its arrays."""
+    choose = lambda keys: [key for key in _choose_keys(path, keys, split) if key is not None]
+    x, labels = [*read_npz(path, choose, max_bytes).values(), None][:2]
+    return from_arrays(x, labels, name=name, source=str(path))
+
+
+def read_npz(
+    path: Path, choose: Callable[[list[str]], list[str]], max_bytes: int | None = None
+) -> dict[str, np.ndarray]:
+    """Return those arrays of an ``.npz`` file that ``choose`` picks from their names."""
+    arrays = {}
     with contextlib.closing(Zip(path, max_bytes)) as archive:
         members = {m.name.removesuffix(".npy"): m for m in archive.members}
-        x_key, y_key = _choose_keys(path, list(members), split)
-        keys = [key for key in (x_key, y_key) if key is not None]
+        keys = choose(list(members))
         check_bytes(path, sum(members[key].size for key in keys), archive.limit)
-        arrays = []
         for key in keys:
             with archive.open(members[key]) as file:
                 where = f"{path}: {key}"
-                arrays.append(_read_npy(where, file, members[key].size, archive.limit))
+                arrays[key] = _read_npy(where, file, members[key].size, archive.limit)
                 if file.read(1):
                     raise data_error(where, "more bytes than its header says")
-    labels = arrays[1] if y_key is not None else None
-    return from_arrays(arrays[0], labels, name=name, source=str(path))
+    return arrays
 
 
 def load_mat(path: Path, *, split: str | None, name: str, max_bytes: int | None = None) -> Dataset:

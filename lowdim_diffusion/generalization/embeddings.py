@@ -16,6 +16,7 @@ Features computed elsewhere (SSCD, DINO, Inception) come in by :func:`load_featu
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ import numpy as np
 
 from lowdim_diffusion._checks import fail
 from lowdim_diffusion._types import Array, ArrayLike, Float
+from lowdim_diffusion.data._arrays import read_npz
+from lowdim_diffusion.data._files import READ_ERRORS
 from lowdim_diffusion.generalization._inputs import check_finite
 from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.neighbors import _flat
@@ -152,11 +155,10 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     """
     where = "load_features"
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = {name: file[name] for name in Features._fields if name in file.files}
+        found = read_npz(Path(path), lambda names: [n for n in Features._fields if n in names])
     except OSError:
         raise
-    except Exception as error:  # of np.load, zipfile, zlib: whatever a damaged file raises
+    except READ_ERRORS as error:
         raise fail(where, f"{path} is unreadable", "an .npz of numbers", error) from error
     for name in Features._fields:
         x = found.get(name)

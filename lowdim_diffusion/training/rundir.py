@@ -145,7 +145,7 @@ class RunDirectory:
             try:
                 before = json.loads(self.versions_path.read_text(encoding="utf-8"))
                 changed = differences(before, versions)
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 changed = ["versions.json could not be read"]
         self.write_text("versions.json", json.dumps(versions, indent=2) + "\n")
         return changed
@@ -367,7 +367,7 @@ def _rows(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in data.split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             yield line, row

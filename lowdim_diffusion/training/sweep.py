@@ -225,9 +225,12 @@ class _Store:
     def read(self, first: int, like: list[np.ndarray]) -> list[np.ndarray] | None:
         """Return a chunk's leaves, shaped as ``like``; None if it is not there or broken."""
         try:
+            with zipfile.ZipFile(self._file(first)) as packed:
+                if any(info.compress_type for info in packed.infolist()):
+                    return None  # not ours, and may unfold to any size
             with np.load(self._file(first)) as stored:
                 found = [stored[f"leaf{i}"] for i in range(len(like))]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
             return None
         # npy files know bfloat16 and its kin only as two (or one) bytes without a meaning.
         pairs = list(zip(found, like, strict=True))

@@ -1,0 +1,149 @@
+"""What goes wrong inside a command; each act is done in its process before it starts."""
+
+import functools
+import os
+import pathlib
+import signal
+import time
+
+# What a process does to the names on a disk, and when it insists on them.
+FILE_OPERATIONS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "scandir")
+
+
+def slow_steps(seconds: float) -> None:
+    """Sleep after every stretch of steps, so that signals come in the middle of training."""
+    from lowdim_diffusion.training import trainer
+
+    compile_loop = trainer.compile_loop
+
+    def compiled(*args, **options):
+        loop = compile_loop(*args, **options)
+
+        def run(*given):
+            out = loop(*given)
+            time.sleep(seconds)
+            return out
+
+        return run
+
+    trainer.compile_loop = compiled
+
+
+def _at_every_file_operation(act) -> None:
+    """Call ``act(name, path)`` before each, from the first training step on."""
+    from lowdim_diffusion.training.progress import ConsoleMonitor
+
+    start = ConsoleMonitor.start
+
+    def started(self, *args):
+        start(self, *args)
+        for name in FILE_OPERATIONS:
+            setattr(os, name, _before(getattr(os, name), functools.partial(act, name)))
+
+    ConsoleMonitor.start = started
+
+
+def _before(function, act):
+    @functools.wraps(function)
+    def wrapped(*args, **options):
+        act(args[0] if args else None)
+        return function(*args, **options)
+
+    return wrapped
+
+
+def list_file_operations(path: pathlib.Path) -> None:
+    """Write a line for every file operation."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    _at_every_file_operation(lambda name, where: os.write(handle, f"{name} {where}\n".encode()))
+
+
+def kill_at_file_operation(number: int) -> None:
+    """``kill -9`` before file operation ``number``, counted from 0."""
+    left = [number]
+
+    def act(name, where):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+    _at_every_file_operation(act)
+
+
+def fail_saves(first: int) -> None:
+    """The file system fails in the middle of every save from step ``first`` on."""
+    import orbax.checkpoint as ocp
+
+    save = ocp.CheckpointManager.save
+
+    def fails(self, step, **options):
+        if step >= first:
+            raise OSError(5, "Input/output error")
+        return save(self, step, **options)
+
+    ocp.CheckpointManager.save = fails
+
+
+def nan_batch(step: int) -> None:
+    """Batch number ``step``, counted from 0, is not a number."""
+    import jax.numpy as jnp
+
+    from lowdim_diffusion import data
+
+    examples = data.Batcher.examples
+
+    def poisoned(self, arrays, key, now, index):
+        batch = examples(self, arrays, key, now, index)
+        return batch | {"x": jnp.where(now == step, jnp.nan, batch["x"])}
+
+    data.Batcher.examples = poisoned
+
+
+def clock_set_back(seconds: float) -> None:
+    """The wall clock is behind from the start, and jumps further back at every look at it."""
+    now, now_ns, looks = time.time, time.time_ns, [0.0]
+
+    def back():
+        looks[0] += 60.0
+        return seconds + looks[0]
+
+    time.time = lambda: now() - back()
+    time.time_ns = lambda: now_ns() - int(1e9 * back())
+
+
+def format_of_the_future() -> None:
+    """Checkpoints get the format version after this one."""
+    from lowdim_diffusion.training import checkpoint
+
+    checkpoint.FORMAT_VERSION += 1
+
+
+def float64() -> None:
+    """As with ``JAX_ENABLE_X64=1``."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def bounded_memory(num_bytes: int) -> None:
+    """The system refuses more memory than that."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
+
+
+def flip(path: pathlib.Path, place: float = 0.5) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 0x10
+    path.write_bytes(content)
+
+
+def halve(path: pathlib.Path) -> None:
+    """Cut a file in the middle."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def largest_file(path: pathlib.Path) -> pathlib.Path:
+    """The largest file below a directory."""
+    return max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
