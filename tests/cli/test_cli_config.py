@@ -86,6 +86,7 @@ def test_absent_keys_keep_the_base_and_none_unsets():
     assert config.train == base.train
 
 
+@pytest.mark.fault("F32")
 @pytest.mark.parametrize(
     "text, words",
     [

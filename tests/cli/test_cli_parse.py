@@ -126,6 +126,8 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.fault("F20")
+@pytest.mark.fault("F21")
 @pytest.mark.parametrize("argv, words", MISTAKES)
 def test_mistakes_end_with_code_2_and_one_line(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -52,6 +52,7 @@ def test_training_leaves_everything_a_later_reader_needs(trained):
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
+@pytest.mark.fault("F02")
 def test_a_run_continued_equals_a_run_in_one_go(trained, tmp_path, capsys):
     out = tmp_path / "r"
     assert train(out, "--train.steps", "9") == 0
@@ -61,6 +62,7 @@ def test_a_run_continued_equals_a_run_in_one_go(trained, tmp_path, capsys):
     assert digest(out, capsys) == digest(trained, capsys)
 
 
+@pytest.mark.fault("F25")
 def test_a_finished_run_stays_as_it_is(trained, capsys):
     before = digest(trained, capsys)
     files = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.name == "metrics.jsonl"}
@@ -109,6 +111,7 @@ def test_a_locked_directory_is_refused(trained, capsys):
     assert "in use by another process" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F28")
 def test_devices_and_batch_size_must_fit(tmp_path, capsys):
     count = jax.device_count()
     assert train(tmp_path / "a", "--devices", str(count + 1)) == 2
@@ -408,6 +411,7 @@ def test_a_signal_saves_and_ends_with_75(number, tmp_path, capsys):
     )
 
 
+@pytest.mark.fault("F27")
 @pytest.mark.slow
 def test_training_goes_on_when_its_reader_goes_away(tmp_path, capsys):
     process = start(tmp_path / "r", "--train.steps", "40")

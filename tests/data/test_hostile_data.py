@@ -20,6 +20,8 @@ from PIL import Image
 
 from lowdim_diffusion import data
 
+pytestmark = pytest.mark.fault("F33")
+
 GIB, MIB = 2**30, 2**20
 
 

@@ -16,17 +16,19 @@ def slow_steps(seconds: float) -> None:
 
     compile_loop = trainer.compile_loop
 
-    def compiled(*args, **options):
-        loop = compile_loop(*args, **options)
+    class Slow:
+        def __init__(self, *args, **options):
+            self.loop = compile_loop(*args, **options)
 
-        def run(*given):
-            out = loop(*given)
+        def __call__(self, *args):
+            out = self.loop(*args)
             time.sleep(seconds)
             return out
 
-        return run
+        def __getattr__(self, name):
+            return getattr(self.loop, name)
 
-    trainer.compile_loop = compiled
+    trainer.compile_loop = Slow
 
 
 def _at_every_file_operation(act) -> None:
@@ -109,13 +111,6 @@ def clock_set_back(seconds: float) -> None:
 
     time.time = lambda: now() - back()
     time.time_ns = lambda: now_ns() - int(1e9 * back())
-
-
-def format_of_the_future() -> None:
-    """Checkpoints get the format version after this one."""
-    from lowdim_diffusion.training import checkpoint
-
-    checkpoint.FORMAT_VERSION += 1
 
 
 def float64() -> None:

@@ -326,6 +326,7 @@ def flip(offset):
     return damage
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize("offset", [0.0, 0.3, 0.77, 1.0])
 def test_bit_flip_in_any_file_is_noticed_or_harmless(golden, root, offset):
     outcomes = damage_every_file(golden, root, flip(offset))
@@ -333,6 +334,8 @@ def test_bit_flip_in_any_file_is_noticed_or_harmless(golden, root, offset):
     assert outcomes["state/manifest.ocdbt"] == 1
 
 
+@pytest.mark.fault("F10")
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize(
     "damage",
     [
