@@ -1,7 +1,8 @@
 """Loops around a torch network: EDM's Heun, k-diffusion's DPM-Solver++(2M), diffusers' schedulers.
 
-And, in JAX, the sampler of google's hackable_diffusion. Each torch function returns samples ``[b, c, h, w]`` of a discrete noise-predicting model. EDM's and
-k-diffusion's samplers want a denoiser of ``x / alpha``; it is wrapped as both libraries do it.
+And, in JAX, the sampler of google's hackable_diffusion. Each torch function returns samples
+``[b, c, h, w]`` of a discrete noise-predicting model. EDM's and k-diffusion's samplers want a
+denoiser of ``x / alpha``; it is wrapped as both libraries do it.
 """
 
 import importlib.util
@@ -81,7 +82,7 @@ def diffusers_scheduler(name: str, betas: np.ndarray) -> Any:
 
 
 def has_hackable_diffusion() -> bool:
-    """Return whether google's library is on the path: a clone, with ``pip install immutabledict``."""
+    """Return whether a clone of google's library is on the path."""
     return importlib.util.find_spec("hackable_diffusion") is not None
 
 
