@@ -16,13 +16,14 @@ import zlib
 import numpy as np
 import pytest
 import scipy.io
+from bombs import MIB, deflated_zeros, zip_bomb
 from PIL import Image
 
 from lowdim_diffusion import data
 
 pytestmark = pytest.mark.fault("F33")
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 
 
 def refused(path, message, **options):
@@ -72,29 +73,8 @@ def make_zip(path, files):
     return path
 
 
-def deflated_zeros(count, head=b""):
-    """Raw deflate of ``head`` and ``count`` MiB of zeros: one flushed block, repeated."""
-    packer = zlib.compressobj(9, wbits=-15)
-    start = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return start + block * count + packer.flush()
-
-
 def gzip_bomb(path, head=b""):
     path.write_bytes(b"\x1f\x8b\x08" + bytes(7) + deflated_zeros(2048, head) + bytes(8))
-    return path
-
-
-def zip_bomb(path, name, count, head=b"", claim=None):
-    """A zip of one member of ``count`` MiB; ``claim`` bytes if it shall lie about that."""
-    packed = deflated_zeros(count, head)
-    size = len(head) + count * MIB if claim is None else claim
-    sizes = struct.pack("<IIIHH", 0, len(packed), size, len(name), 0)
-    fields = struct.pack("<HHHHH", 20, 0, 8, 0, 0)
-    local = b"PK\3\4" + fields + sizes + name.encode() + packed
-    entry = b"PK\1\2\x14\0" + fields + sizes + bytes(14) + name.encode()
-    end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(entry), len(local), 0)
-    path.write_bytes(local + entry + end)
     return path
 
 
