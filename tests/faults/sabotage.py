@@ -31,18 +31,21 @@ def slow_steps(seconds: float) -> None:
     trainer.compile_loop = Slow
 
 
-def _at_every_file_operation(act) -> None:
-    """Call ``act(name, path)`` before each, from the first training step on."""
+def _at_every_file_operation(act, during: str) -> None:
+    """Call ``act(name, path)`` before each, during ``"steps"`` or from the ``"setup"`` on."""
     from lowdim_diffusion.training.progress import ConsoleMonitor
+    from lowdim_diffusion.training.rundir import RunDirectory
 
-    start = ConsoleMonitor.start
+    kind, name = {"setup": (RunDirectory, "__enter__"), "steps": (ConsoleMonitor, "start")}[during]
+    start = getattr(kind, name)
 
     def started(self, *args):
-        start(self, *args)
-        for name in FILE_OPERATIONS:
-            setattr(os, name, _before(getattr(os, name), functools.partial(act, name)))
+        for operation in FILE_OPERATIONS:
+            wrapped = _before(getattr(os, operation), functools.partial(act, operation))
+            setattr(os, operation, wrapped)
+        return start(self, *args)
 
-    ConsoleMonitor.start = started
+    setattr(kind, name, started)
 
 
 def _before(function, act):
@@ -54,13 +57,14 @@ def _before(function, act):
     return wrapped
 
 
-def list_file_operations(path: pathlib.Path) -> None:
+def list_file_operations(path: pathlib.Path, during: str = "steps") -> None:
     """Write a line for every file operation."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _at_every_file_operation(lambda name, where: os.write(handle, f"{name} {where}\n".encode()))
+    write = lambda name, where: os.write(handle, f"{name} {where}\n".encode())
+    _at_every_file_operation(write, during)
 
 
-def kill_at_file_operation(number: int) -> None:
+def kill_at_file_operation(number: int, during: str = "steps") -> None:
     """``kill -9`` before file operation ``number``, counted from 0."""
     left = [number]
 
@@ -69,7 +73,7 @@ def kill_at_file_operation(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
 
-    _at_every_file_operation(act)
+    _at_every_file_operation(act, during)
 
 
 def fail_saves(first: int) -> None:

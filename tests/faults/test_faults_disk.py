@@ -163,6 +163,30 @@ def test_a_read_only_disk_is_told_before_training(whole, _half, disk):
     fp.same_run(run, whole)
 
 
+@pytest.mark.fault("F16")
+def test_a_disk_that_is_full_from_the_start(disk):
+    (disk.path / "ballast").write_bytes(bytes(shutil.disk_usage(disk.path).free))
+    done = fp.train(disk.path / "run")
+    fp.fails_clearly(done, 74, str(disk.path / "run"), "No space left on device")
+    assert "START" not in done.out
+    (disk.path / "ballast").unlink()
+    fp.succeeds(fp.train(disk.path / "run"))
+
+
+@pytest.mark.fault("F44")
+def test_samples_that_cannot_be_written_are_told_at_their_step(whole, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "versions.json").write_text("{}")
+    (run / "samples").write_text("a file, where a directory should be")
+    done = fp.train(run, "--train.sample-every", "10", "--sample.num-steps", "2")
+    fp.fails_clearly(done, 74, str(run / "samples"))
+    assert fp.steps_of(run) == [5, 10]
+    (run / "samples").unlink()
+    fp.succeeds(fp.train(run))
+    fp.same_run(run, whole)
+
+
 @pytest.mark.fault("F39")
 def test_a_failing_save_stops_the_training_soon(whole, half):
     """Not at the end: a long training must not go on without any hope of being saved."""

@@ -76,6 +76,18 @@ def test_kill_between_two_file_operations(long_run, tmp_path, part):
     fp.same_run(tmp_path / "run", long_run)
 
 
+@pytest.mark.fault("F03")
+def test_kill_while_a_run_is_set_up(whole, tmp_path):
+    """Directory, lock, versions, config: eleven operations come before the first step."""
+    for number in range(0, 11, 2):
+        how = functools.partial(sabotage.kill_at_file_operation, number, "setup")
+        done = fp.train(tmp_path / "run", sabotage=[how])
+        assert done.code == -signal.SIGKILL and done.err == "", done
+    fp.succeeds(fp.train(tmp_path / "run"))
+    fp.same_run(tmp_path / "run", whole)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
 SLOW = [functools.partial(sabotage.slow_steps, 0.2)]
 
 
