@@ -19,6 +19,7 @@ COMMANDS = {
     "analyze": "measure ranks, subspaces, nearest images; write the report",
     "runs": "compare runs: status, loss, speed, options that differ, curves",
     "edit": "edit a region of images along singular vectors of the Jacobian",
+    "export": "write weights, denoiser or sampler for use elsewhere",
     "checkpoint": "list or verify a run's checkpoints, print the digest of one",
     "doctor": "say what is installed, what is missing, which devices there are",
 }

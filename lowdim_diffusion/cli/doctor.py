@@ -49,6 +49,7 @@ EXTRAS = {
     "wandb": {"wandb": "0.19"},
     "slurm": {"submitit": "1.5.2"},
     "pretrained": {"safetensors": "0.8"},
+    "export": {"safetensors": "0.8", "flatbuffers": "25.2"},
     "experiments": {"scikit-learn": "1.7"},
 }
 _FOR = {
@@ -58,6 +59,7 @@ _FOR = {
     "wandb": "--train.wandb",
     "slurm": "lowdim sweep --executor slurm",
     "pretrained": "networks of diffusers and EDM",
+    "export": "lowdim export",
     "experiments": "spectral clustering, experiments",
 }
 _PYTHON = (3, 11)

@@ -1,6 +1,15 @@
 """Training: the pure step, one-scan fits, the loop over devices, checkpoints, run directory."""
 
-from lowdim_diffusion.training import checkpoint, ema, guards, optimizers, rundir, sinks, throughput
+from lowdim_diffusion.training import (
+    checkpoint,
+    ema,
+    guards,
+    optimizers,
+    programs,
+    rundir,
+    sinks,
+    throughput,
+)
 from lowdim_diffusion.training.fit import fit
 from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
@@ -34,6 +43,7 @@ __all__ = [
     "init_state",
     "make_train_step",
     "optimizers",
+    "programs",
     "rundir",
     "sinks",
     "sweep",
