@@ -190,9 +190,10 @@ def sample_batched(
     solver: Solver,
     batch_size: int,
     save: str | int = "final",
-    correct: CorrectFn | None = None,
+    correct: Callable[..., tuple[Array, Array, Any]] | None = None,
     correct_carry: Any = None,
     cond: PyTree = None,
+    remat: bool | int = False,
     mesh: Mesh | None = None,
 ) -> SampleResult:
     """Return many samples, made ``batch_size`` at a time: those of one big :func:`sample`.
@@ -210,9 +211,13 @@ def sample_batched(
         solver: from ``lowdim_diffusion.solvers``.
         batch_size: examples in flight, over all devices together.
         save: as for :func:`sample`; trajectories of all samples are held at once.
-        correct: the hook of :func:`sample`; every block starts anew with ``correct_carry``.
-        correct_carry: the hook's initial carry.
-        cond: what each example is conditioned on: arrays ``[num_samples, ...]``, e.g. labels.
+        correct: the hook of :func:`sample`; with ``cond`` called as
+            ``correct(x0_hat, eps, t, carry, cond)``.
+        correct_carry: the hook's initial carry, with which every block starts anew, or a function
+            of the block's global indices ``[b]`` that returns it (keys, for instance).
+        cond: what each example is conditioned on: arrays ``[num_samples, ...]``, e.g. labels, or
+            measurements.
+        remat: as for :func:`sample`.
         mesh: one-axis mesh ``("data",)`` from ``sharding.data_mesh``.
 
     Returns:
@@ -249,17 +254,22 @@ def sample_batched(
 
     def one_block(inputs: Any) -> tuple[Array, Array | None]:
         index, start, given = inputs
+        conditioned = denoise_fn, correct
+        if cond is not None:
+            hook = None if correct is None else lambda *args: correct(*args, given)
+            conditioned = (lambda x, t: denoise_fn(x, t, given)), hook
         result = sample(
             key,
-            denoise_fn if cond is None else lambda x, t: denoise_fn(x, t, given),
+            conditioned[0],
             schedule,
             ts,
             (index.shape[0], *shape[1:]) if start is None else start,
             solver=solver,
             save=save,
-            correct=correct,
-            correct_carry=correct_carry,
+            correct=conditioned[1],
+            correct_carry=correct_carry(index) if callable(correct_carry) else correct_carry,
             index=index,
+            remat=remat,
         )
         # Examples first in both, so that they are split over devices and joined alike.
         return result.x, jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), result.trajectory)
