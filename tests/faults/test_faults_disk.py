@@ -260,13 +260,17 @@ def test_other_data_under_the_same_name_are_refused(own_data, tmp_path):
 
 @pytest.mark.fault("F40")
 def test_a_damaged_compilation_cache_is_compiled_anew(whole, half, tmp_path):
-    cache = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "cache")
+    cache = tmp_path / "cache"
+    env = fp.environment(JAX_COMPILATION_CACHE_DIR=str(cache))
+    start = functools.partial(fp.command, env=env)
+    fp.succeeds(fp.train(half, steps=17, start=start))
     entries = sorted(path for path in cache.rglob("*") if path.is_file())
-    assert entries
     acts = (sabotage.flip, sabotage.halve, lambda path: path.write_bytes(b""))
     for number, path in enumerate(entries):
         acts[number % 3](path)
-    env = fp.environment(JAX_COMPILATION_CACHE_DIR=str(cache))
-    done = fp.train(half, start=functools.partial(fp.command, env=env))
+    done = fp.train(half, start=start)
     assert done.code == 0 and "Traceback" not in done.err
+    # One line for each entry that was wanted: the damage was met.
+    assert len(done.err.splitlines()) >= 5
+    assert all("compilation cache" in line for line in done.err.splitlines()), done.err
     fp.same_run(half, whole)
