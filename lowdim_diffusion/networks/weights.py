@@ -49,7 +49,7 @@ def save_weights(path: str | os.PathLike[str], params: Params, about: Mapping[st
     tensors = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        tensors[name] = np.ascontiguousarray(leaf)
+        tensors[name] = np.asarray(leaf, order="C")  # ascontiguousarray makes one axis of none
     text = json.dumps(about, sort_keys=True)
     metadata = {"about": text, "sha256": _digest(text, tensors), "format": _OWN}
     return _files.write_atomic(Path(path), safetensors.numpy.save(tensors, metadata=metadata))
@@ -84,6 +84,10 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
     if _digest(metadata["about"], tensors) != metadata["sha256"]:
         expected = f"sha256 {metadata['sha256'][:16]}"
         raise fail(where, f"damaged {path}", expected, "other bytes", "copy it again")
+    try:
+        about = json.loads(metadata["about"])
+    except (ValueError, RecursionError) as error:
+        raise fail(where, f"cannot read about in {path}", "JSON", error) from None
     params: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *parents, last = name.split("/")
@@ -91,7 +95,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = tensor
-    return Weights(params, json.loads(metadata["about"]))
+    return Weights(params, about)
 
 
 def is_own(path: str | os.PathLike[str]) -> bool:

@@ -150,7 +150,7 @@ def load_program(folder: str | os.PathLike[str]) -> tuple[Callable[..., Any], di
         found, written = hashlib.sha256(content).hexdigest(), about["sha256"]
     except FileNotFoundError as error:
         raise fail(where, f"no program in {folder}", "about.json, program.bin", error) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise fail(where, f"damaged {folder / 'about.json'}", "JSON with sha256", error) from None
     if found != written:
         what, expected = f"damaged {folder / 'program.bin'}", f"sha256 {written[:16]}"

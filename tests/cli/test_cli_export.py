@@ -106,6 +106,7 @@ def test_programs_run_without_this_package_and_agree(trained, exported, tmp_path
         assert "ismatch for args[0]" in str(found[f"{folder}:error"])
 
 
+@pytest.mark.fault("F42")
 def test_our_loader_says_what_fits(exported):
     fn, about = programs.load_program(exported[0])
     assert about["step"] == 40 and about["weights"] == "ema" and "cuda" in about["platforms"]
@@ -120,6 +121,7 @@ def test_our_loader_says_what_fits(exported):
             fn(*arguments)
 
 
+@pytest.mark.fault("F42")
 def test_damaged_programs_are_refused(exported, tmp_path):
     folder = shutil.copytree(exported[0], tmp_path / "p")
     content = (folder / "program.bin").read_bytes()

@@ -13,7 +13,7 @@ ABOUT = {"step": 7, "config": 'name = "mlp"\n', "model": {"width": 8}}
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.device_get(NET.init(jax.random.key(0)))
+    return jax.device_get(NET.init(jax.random.key(0))) | {"scale": np.array(2.0, np.float32)}
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_round_trip(file, params):
     assert found.about == ABOUT
     assert jax.tree.structure(found.params) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True):
-        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        assert (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
 
 
 def test_the_library_itself_reads_it(file, params):
