@@ -269,7 +269,8 @@ class Checkpointer:
         return restore_latest(self.root, target, without=without, move_aside=True)
 
     def _check_space(self, step: int, num_bytes: int) -> None:
-        free = shutil.disk_usage(self.root).free
+        with _io_errors(f"step {step} was not saved in {self.root}"):  # it may be gone by now
+            free = shutil.disk_usage(self.root).free
         if free < 2 * num_bytes:
             raise CheckpointError(
                 f"step {step} was not saved: {2 * num_bytes / 1e6:.1f} MB needed (twice the "

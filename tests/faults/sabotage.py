@@ -76,6 +76,19 @@ def kill_at_file_operation(number: int, during: str = "steps") -> None:
     _at_every_file_operation(act, during)
 
 
+def signal_before_the_first_step(number: int) -> None:
+    """A signal comes while the program is compiled."""
+    from lowdim_diffusion.training import trainer
+
+    compile_loop = trainer.compile_loop
+
+    def compiled(*args, **options):
+        os.kill(os.getpid(), number)
+        return compile_loop(*args, **options)
+
+    trainer.compile_loop = compiled
+
+
 def fail_saves(first: int) -> None:
     """The file system fails in the middle of every save from step ``first`` on."""
     import orbax.checkpoint as ocp

@@ -213,6 +213,34 @@ def test_metrics_that_cannot_be_written_cost_a_warning_not_the_run(whole, tmp_pa
     assert checkpoint.digest(run / "checkpoints") == checkpoint.digest(whole / "checkpoints")
 
 
+@pytest.mark.fault("F16")
+@pytest.mark.parametrize("how", ["removed", "moved"])
+def test_a_directory_that_goes_away_is_told_at_the_next_save(whole, half, how):
+    slow = functools.partial(sabotage.slow_steps, 0.5)
+    process = fp.begin(half, sabotage=[slow])
+    process.wait_for("START")
+    away = half.with_name("away")
+    half.rename(away)
+    if how == "removed":
+        shutil.rmtree(away)
+    done = process.finish()
+    fp.fails_clearly(done, 74, "step 20 was not saved", warnings=done.err.count(": warning: "))
+    assert "Traceback" not in done.err
+    if how == "moved":
+        fp.succeeds(fp.train(away))
+        fp.same_run(away, whole)
+
+
+def test_a_config_that_is_no_longer_one_is_named(whole, half):
+    (half / "config.toml").write_bytes(b"[train]\nsteps = 20\n[opt")
+    before = fp.snapshot(half)
+    fp.fails_clearly(fp.train(half), 2, str(half / "config.toml"), "not valid TOML")
+    assert fp.snapshot(half) == before
+    (half / "config.toml").unlink()
+    fp.succeeds(fp.train(half))
+    fp.same_run(half, whole)
+
+
 # ---- data ---------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,17 @@ def test_a_signal_saves_and_the_run_continues_bit_for_bit(whole, tmp_path, numbe
     fp.same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize("first", [0, 15])
+def test_a_signal_before_the_first_step(whole, half, tmp_path, first):
+    run = half if first else tmp_path / "new"
+    early = functools.partial(sabotage.signal_before_the_first_step, signal.SIGTERM)
+    done = fp.train(run, sabotage=[early])
+    assert done.code == 75 and done.err == "", done
+    fp.succeeds(fp.train(run))
+    fp.same_run(run, whole)
+
+
 @pytest.mark.fault("F06")
 def test_a_second_ctrl_c_stops_at_once(whole, half):
     process = fp.begin(half, sabotage=[functools.partial(sabotage.slow_steps, 60)])
