@@ -85,6 +85,7 @@ def test_policies_that_cannot_be_are_refused(tmp_path, argv, words, capsys):
     assert words in err and err.count("\n") == 1 and not (tmp_path / "r").exists()
 
 
+@pytest.mark.fault("F36")
 def test_another_optimizer_starts_anew_only_when_asked_to(trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "r")
     more = ["train", "--out", str(out), "--train.steps", "40"]
