@@ -1,17 +1,22 @@
 """Devices: the one-axis mesh, where arrays live on it, and keys that do not depend on it.
 
-Data parallelism maps one per-device step over the axis ``"data"``: state is replicated, the batch
-is split. Randomness is folded with each example's *global* index, so losses, parameters and
-samples do not depend on the number of devices or on how the batch was split.
+Data parallelism maps one per-device step over the axis ``"data"``: state is replicated, or split
+too (:func:`fsdp`), the batch is split. Randomness is folded with each example's *global* index, so
+losses, parameters and samples do not depend on the number of devices or on how the batch was split.
+
+With several processes (:func:`initialize`) the mesh spans the devices of all of them, and every
+process calls the same functions in the same order.
 """
 
+import math
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowdim_diffusion._checks import check_shape, fail
 from lowdim_diffusion._types import Array, Int, Key, PRNGKey, PyTree
@@ -26,7 +31,13 @@ __all__ = [
     "data_mesh",
     "example_index",
     "example_keys",
+    "fsdp",
+    "gather",
+    "initialize",
+    "is_writer",
     "local_index",
+    "mean_gradients",
+    "on_every_host",
     "replicate",
     "replicated",
     "shard_batch",
@@ -53,13 +64,76 @@ def cores_as_devices() -> None:
         jax.config.update("jax_num_cpu_devices", len(usable(0)) if usable else os.cpu_count())
 
 
-def data_mesh(num_devices: int | None = None) -> Mesh:
-    """Return the mesh ``("data",)`` over the first ``num_devices`` devices, all of them by default.
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    initialization_timeout: int = 300,
+    heartbeat_timeout: int = 100,
+) -> None:
+    """Make this process one of several that compute together; before anything touches a device.
+
+    Without a coordinator the processes find each other where ``jax.distributed`` knows how: SLURM,
+    Cloud TPU and GKE, Kubernetes, Open MPI. Afterwards ``jax.devices()`` are the devices of all.
+
+    Args:
+        coordinator: ``host:port`` of process 0.
+        num_processes: how many there are.
+        process_id: which one this is.
+        initialization_timeout: seconds to wait until all are there.
+        heartbeat_timeout: seconds of silence after which a process counts as dead; the runtime then
+            aborts the others (SIGABRT).
 
     Raises:
-        ValueError: if more devices are asked for than there are.
+        ValueError: if nothing is given and there is no cluster around.
+        RuntimeError: if a device was touched before.
     """
-    devices = jax.devices()
+    # The stop signal is handled, and agreed upon, by the trainer.
+    jax.config.update("jax_enable_preemption_service", False)
+    explicit = coordinator is not None
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if explicit else None,
+            initialization_timeout=initialization_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            # At the end all wait for process 0, which may be writing.
+            shutdown_timeout_seconds=3600,
+        )
+    except ValueError as error:
+        if explicit:
+            raise
+        raise fail(
+            "initialize",
+            "no cluster found",
+            "SLURM, Cloud TPU, GKE, Kubernetes or Open MPI around this process",
+            "none",
+            "give the coordinator, the number of processes and the number of this one",
+        ) from error
+
+
+def is_writer() -> bool:
+    """Return whether this process writes, prints and draws for all: the first one."""
+    return jax.process_index() == 0
+
+
+def data_mesh(num_devices: int | None = None, *, local: bool = False) -> Mesh:
+    """Return the mesh ``("data",)`` over the first ``num_devices`` devices, all of them by default.
+
+    With several processes every one of them takes an equal part.
+
+    Args:
+        num_devices: how many.
+        local: only the devices of this process.
+
+    Raises:
+        ValueError: if more devices are asked for than there are, or the processes cannot share
+            them equally.
+    """
+    devices = jax.local_devices() if local else jax.devices()
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
         raise fail(
@@ -69,11 +143,23 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
             count,
             f"to emulate them on CPU set XLA_FLAGS=--xla_force_host_platform_device_count={count}",
         )
+    owners = sorted({device.process_index for device in devices})
+    parts = [[d for d in devices if d.process_index == owner] for owner in owners]
+    share = count // len(owners)
+    if share * len(owners) != count or min(map(len, parts)) < share:
+        sizes = ", ".join(str(len(part)) for part in parts)
+        raise fail(
+            "data_mesh",
+            "the processes cannot share the devices equally",
+            f"a multiple of {len(owners)} processes, at most {min(map(len, parts))} devices each",
+            f"{count} of {sizes}",
+        )
+    chosen = np.asarray([device for part in parts for device in part[:share]])
     # Auto axes: under Explicit ones, make_mesh's default, gathers and SVDs of sharded arrays raise.
-    return Mesh(np.asarray(devices[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -84,8 +170,85 @@ def split_over_data(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Return ``tree`` with every leaf whole on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    """Return ``tree`` with every leaf whole on every device; equal on all processes before."""
+    whole = replicated(mesh)
+    if whole.is_fully_addressable:
+        return jax.device_put(tree, whole)
+
+    def place(leaf: Any) -> Array:
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
+
+
+def on_every_host(tree: PyTree) -> PyTree:
+    """Return ``tree`` with leaves that this process can read whole; all processes call it."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+_SMALLEST = 1024
+"""Leaves with fewer entries stay whole: splitting them saves nothing."""
+
+
+def fsdp(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Return shardings that split every large leaf of a state over the devices.
+
+    A leaf is split along its largest axis that the devices divide; one without such an axis, and
+    one of fewer than 1024 entries, stays whole. The rule sees shapes only, so an optimizer's
+    moments are split as their parameters.
+
+    Args:
+        tree: arrays or ``ShapeDtypeStruct``.
+        mesh: one-axis mesh, or an abstract one of devices that are elsewhere.
+
+    Examples:
+        >>> w = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+        >>> fsdp({"w": w}, AbstractMesh((8,), (AXIS,)))["w"].shard_shape(w.shape)
+        (8, 32)
+    """
+
+    def place(leaf: Any) -> NamedSharding:
+        sizes = [size if size % mesh.size == 0 else 0 for size in leaf.shape]
+        if math.prod(leaf.shape) < _SMALLEST or not any(sizes):
+            return replicated(mesh)
+        axis = int(np.argmax(sizes))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+    return jax.tree.map(place, tree)
+
+
+def _split_axis(spec: PartitionSpec) -> int | None:
+    return next((i for i, name in enumerate(spec) if name == AXIS), None)
+
+
+def gather(tree: PyTree, specs: PyTree) -> PyTree:
+    """Return a device's parts of ``tree`` as whole leaves; inside ``shard_map``.
+
+    Its gradient adds the devices' gradients and leaves each its part: a reduce-scatter.
+    """
+
+    def whole(leaf: Array, spec: PartitionSpec) -> Array:
+        axis = _split_axis(spec)
+        return leaf if axis is None else jax.lax.all_gather(leaf, AXIS, axis=axis, tiled=True)
+
+    return jax.tree.map(whole, tree, specs)
+
+
+def mean_gradients(grads: PyTree, specs: PyTree) -> PyTree:
+    """Return the mean over the devices of gradients taken through :func:`gather`."""
+
+    def mean(grad: Array, spec: PartitionSpec) -> Array:
+        if _split_axis(spec) is None:
+            return jax.lax.pmean(grad, AXIS)
+        return grad / jax.lax.axis_size(AXIS)
+
+    return jax.tree.map(mean, grads, specs)
 
 
 def shard_batch(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lowdim_diffusion import sharding
 
@@ -49,6 +50,36 @@ def test_placement():
     ]
     whole = sharding.replicate(jnp.arange(3.0), mesh)
     assert all(s.data.tolist() == [0, 1, 2] for s in whole.addressable_shards)
+
+
+def test_fsdp_splits_the_largest_axis_that_divides():
+    mesh = sharding.data_mesh(8)
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    tree = {"a": shape(3, 3, 32, 64), "b": shape(1000, 24), "c": shape(8, 8), "d": shape(1001, 3)}
+    specs = {name: place.spec for name, place in sharding.fsdp(tree, mesh).items()}
+    axis = sharding.AXIS
+    assert specs == {"a": P(None, None, None, axis), "b": P(axis), "c": P(), "d": P()}
+
+
+def test_gradients_of_parts_are_parts_of_the_gradient():
+    mesh = sharding.data_mesh(4)
+    w, x = jnp.arange(8.0), jnp.linspace(-1, 1, 12)
+    specs = {"w": P(sharding.AXIS), "b": P()}
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(params["w"].sum() * x + params["b"] + params["w"][3] * x**2))
+
+    def split(params, x):
+        grads = jax.grad(lambda params: loss(sharding.gather(params, specs), x))(params)
+        return sharding.mean_gradients(grads, specs)
+
+    mapped = jax.shard_map(
+        split, mesh=mesh, in_specs=(specs, P(sharding.AXIS)), out_specs=specs, check_vma=False
+    )
+    params = {"w": 0.01 * w, "b": jnp.float32(0.1)}
+    expected, found = jax.grad(loss)(params, x), mapped(params, x)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
 def test_batch_that_does_not_divide():

@@ -15,6 +15,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "train on built-in digits, sample, measure: a report in minutes",
     "train": "train a model; the same command again continues it",
+    "launch": "train by several processes on this machine",
     "sample": "draw samples from a run's newest good checkpoint",
     "analyze": "measure ranks, subspaces, nearest images; write the report",
     "runs": "compare runs: status, loss, speed, options that differ, curves",
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if odd := [a for a in arguments if _undecoded(a)]:
             return _finish(_not_text(odd[0]))
         command, *rest = arguments
+        if command == "launch" and debug:  # for the processes that it starts
+            rest.append("--debug")
         if command not in COMMANDS:
             return _finish(_unknown(command))
         name = f"lowdim {command}"

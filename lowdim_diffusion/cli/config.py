@@ -16,6 +16,7 @@ from typing import Any, Literal
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistributedConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "check",
     "check_choices",
     "check_guidance",
+    "check_processes",
     "check_ranges",
     "flag",
     "option",
@@ -303,6 +305,22 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes train one run: 'lowdim launch' and '--distributed' set these themselves."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, the same for all processes."""
+    num_processes: int | None = option(ge=1)
+    """How many processes there are."""
+    process_id: int | None = option(ge=0)
+    """Which of them this is, from 0."""
+    initialization_timeout: int | None = option(ge=1)
+    """Seconds to wait at the start until all have come; unset takes 300."""
+    heartbeat_timeout: int | None = option(ge=1)
+    """Seconds of silence after which a process counts as dead; unset takes 100."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run; its defaults are the preset 'digits'."""
 
@@ -311,7 +329,9 @@ class RunConfig:
     seed: int = option(0, ge=0, lt=2**32)
     """Seed of everything random: parameters, batches, noise."""
     devices: int | None = option(ge=1)
-    """How many devices to train on; unset takes all."""
+    """How many devices to train on, over all processes together; unset takes all."""
+    fsdp: bool = False
+    """Split parameters, optimizer state and averages over the devices instead of copying them."""
     init_from: str | None = None
     """Start a new run with the weights of another: RUN, RUN@STEP, RUN@best, or an exported
     .safetensors file."""
@@ -327,6 +347,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def options_of(config: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field, Any]]:
@@ -426,6 +447,33 @@ def check(config: RunConfig) -> None:
     check_guidance(config.sample, config.loss)
     if not config.out:
         raise ValueError("--out is empty; give a directory")
+    check_processes(config.distributed)
+
+
+def check_processes(config: DistributedConfig) -> None:
+    """Raise ``ValueError`` in one line if the processes of a run are described in part only."""
+    place = {
+        "--distributed.coordinator": config.coordinator,
+        "--distributed.num-processes": config.num_processes,
+        "--distributed.process-id": config.process_id,
+    }
+    missing = [name for name, value in place.items() if value is None]
+    if 0 < len(missing) < len(place):
+        raise ValueError(
+            f"{' and '.join(missing)} missing: give all of {', '.join(place)}, or --distributed "
+            "alone where the processes find each other (SLURM, TPU, Kubernetes, Open MPI)"
+        )
+    if missing:
+        return
+    assert config.coordinator and config.num_processes and config.process_id is not None
+    host, _, port = config.coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"--distributed.coordinator must be HOST:PORT, got {config.coordinator!r}")
+    if config.process_id >= config.num_processes:
+        raise ValueError(
+            f"--distributed.process-id must be below --distributed.num-processes "
+            f"{config.num_processes}, got {config.process_id}"
+        )
 
 
 def check_guidance(sample: SampleConfig, loss: LossConfig) -> None:

@@ -26,6 +26,8 @@ class ExitCode(enum.IntEnum):
     """Reading or writing failed."""
     PREEMPTED = 75
     """Interrupted after saving: the same command continues."""
+    PEER_LOST = 76
+    """Another process of the run died or never came; the same command continues."""
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -71,6 +73,8 @@ def explain(error: BaseException) -> tuple[ExitCode, str]:
     message = " ".join(str(error).split())
     if isinstance(error, CommandError):
         return error.code, message
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "interrupted"
     kind = type(error)
     if kind.__name__ in _CODES and _is_ours(kind):
         return _CODES[kind.__name__], message

@@ -33,6 +33,8 @@ class RunArguments(NamedTuple):
     run: RunConfig
     dry_run: bool
     reset_optimizer: bool
+    distributed: bool
+    """Whether this process is one of several."""
 
 
 _START = {
@@ -41,6 +43,8 @@ _START = {
     "--dry-run": "Show the resolved config, the network's size, the devices' shares; stop.",
     "--reset-optimizer": "Continue a run with its weights alone; the optimizer starts anew, and "
     "may be another one.",
+    "--distributed": "One of several processes, which find each other: SLURM, TPU, Kubernetes, "
+    "Open MPI. On one machine: 'lowdim launch'.",
     "--debug": "Show the traceback of an error.",
     "-h, --help": "Show this text.",
 }
@@ -58,6 +62,7 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str, examples: str
     first.add_argument("--config")
     first.add_argument("--dry-run", "--dry_run", action="store_true")
     first.add_argument("--reset-optimizer", "--reset_optimizer", action="store_true")
+    first.add_argument("--distributed", action="store_true")
     try:
         start, rest = first.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -90,7 +95,8 @@ def parse_run(argv: Sequence[str], *, prog: str, description: str, examples: str
         check(run)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    return RunArguments(run, start.dry_run, start.reset_optimizer)
+    explicit = run.distributed.coordinator is not None
+    return RunArguments(run, start.dry_run, start.reset_optimizer, start.distributed or explicit)
 
 
 def wants_help(argv: Sequence[str]) -> bool:

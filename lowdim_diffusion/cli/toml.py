@@ -84,11 +84,11 @@ def dumps(config: RunConfig) -> str:
 
 
 def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
+    plain = {
         k: _without_none(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
         for k, v in tree.items()
-        if v is not None
     }
+    return {k: v for k, v in plain.items() if v is not None and v != {}}
 
 
 def _merge(base: Any, new: Any) -> Any:

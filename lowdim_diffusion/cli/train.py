@@ -1,13 +1,15 @@
 """``lowdim train``: train a model, or continue the run that is there."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from lowdim_diffusion.cli import toml
-from lowdim_diffusion.cli.config import RunConfig
+from lowdim_diffusion.cli.config import DistributedConfig, RunConfig
+from lowdim_diffusion.cli.distributed import joined
 from lowdim_diffusion.cli.errors import CommandError, ExitCode, is_out_of_memory
 from lowdim_diffusion.cli.parse import parse_run
 
@@ -25,12 +27,17 @@ lowdim train --out runs/mnist --train.steps 20000    # train on
 lowdim train --config runs/a/config.toml --init-from runs/a --out runs/b
 lowdim train --data.path photos/ --data.size 32 --model.channel-mult 1 2 2
 lowdim train --preset cifar10-paper --data.path ~/cifar-10.tar.gz --dry-run
+srun lowdim train --distributed --preset cifar10 --data.path ~/cifar-10.tar.gz
 lowdim train --config runs/mnist/config.toml --seed 1 --out runs/mnist-seed1"""
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse the arguments and train; return the exit code."""
-    given = parse_run(argv, prog="lowdim train", description=_DESCRIPTION, examples=_EXAMPLES)
+    prog = "lowdim train"
+    given = parse_run(argv, prog=prog, description=_DESCRIPTION, examples=_EXAMPLES)
+    if given.distributed and not given.dry_run:
+        with joined(given.run.distributed, prog):
+            return run(given.run, reset_optimizer=given.reset_optimizer)
     return run(given.run, dry_run=given.dry_run, reset_optimizer=given.reset_optimizer)
 
 
@@ -53,22 +60,19 @@ def run(
     from lowdim_diffusion.cli import build, loading, plan
     from lowdim_diffusion.training import checkpoint
 
-    mesh = sharding.data_mesh(config.devices)
-    sharding.check_batch(config.train.batch_size, mesh.size)
-    local = config.train.batch_size // mesh.size
-    if local % config.optim.accumulate:
-        raise CommandError(
-            f"--optim.accumulate {config.optim.accumulate} does not divide the {local} examples "
-            f"of each device (--train.batch-size {config.train.batch_size} on {mesh.size} devices)"
-        )
+    processes = config.distributed.num_processes or 1
+    # Which process this is belongs to the command, not to the run.
+    config = dataclasses.replace(config, distributed=DistributedConfig())
+    mesh: Any = _planned(config, processes) if dry_run else sharding.data_mesh(config.devices)
+    _check_sizes(config, mesh.size)
     parts = build.parts(config)
     start = None
     if config.init_from is not None and not checkpoint.all_steps(f"{config.out}/checkpoints"):
         start = loading.start(config, parts)
     if dry_run:
-        print(plan.describe(parts, mesh))
+        print(plan.describe(parts, mesh, processes))
         return ExitCode.DONE
-    stdout: Any = _Patient(sys.stdout)
+    stdout: Any = _Patient(sys.stdout) if sharding.is_writer() else open(os.devnull, "w")
     with contextlib.redirect_stdout(stdout):
         try:
             return _train(config, parts, start, mesh, hints, reset_optimizer)
@@ -78,34 +82,76 @@ def run(
             raise CommandError(plan.too_large(parts, mesh, error), ExitCode.INTERNAL) from error
 
 
+def _planned(config: RunConfig, processes: int) -> Any:
+    """Return the mesh that a run would have; other processes are taken to be like this one."""
+    import jax
+    from jax.sharding import AbstractMesh
+
+    from lowdim_diffusion import sharding
+
+    here = jax.local_device_count()
+    count = config.devices or here * processes
+    if processes == 1:
+        sharding.data_mesh(count)
+    elif count % processes or count > here * processes:
+        raise CommandError(
+            f"--devices {count}: {processes} processes with {here} devices each share "
+            f"{processes} to {here * processes} equally"
+        )
+    return AbstractMesh((count,), (sharding.AXIS,))
+
+
+def _check_sizes(config: RunConfig, num_devices: int) -> None:
+    from lowdim_diffusion import sharding
+
+    sharding.check_batch(config.train.batch_size, num_devices)
+    local = config.train.batch_size // num_devices
+    if local % config.optim.accumulate:
+        raise CommandError(
+            f"--optim.accumulate {config.optim.accumulate} does not divide the {local} examples "
+            f"of each device (--train.batch-size {config.train.batch_size} on {num_devices} "
+            "devices)"
+        )
+
+
 def _train(
     given: RunConfig, parts: Any, start: Any, mesh: Any, hints: bool, reset_optimizer: bool
 ) -> int:
-    from lowdim_diffusion import training
-    from lowdim_diffusion.cli import build, drawing
+    import jax
+
+    from lowdim_diffusion import sharding, training
+    from lowdim_diffusion.cli import build, drawing, plan
     from lowdim_diffusion.training.progress import ConsoleMonitor, usage
     from lowdim_diffusion.training.rundir import RunDirectory
     from lowdim_diffusion.training.trainer import train
 
     config, net = parts.model.config, parts.model.net
-    sinks = _sinks(config)
+    writer = sharding.is_writer()
+    sinks = _sinks(config) if writer else []
     monitor = ConsoleMonitor(unit="images" if parts.dataset.is_image else "examples")
-    with RunDirectory(config.out) as directory:
+    with RunDirectory(config.out, writer=writer) as directory:
         for line in [] if start is None else start.notes:
             monitor.note(line)
-        kind = mesh.devices.flat[0].device_kind
         monitor.note(parts.dataset.describe())
-        monitor.note(f"{net.name} with {net.num_params:,} parameters on {mesh.size} x {kind}")
+        monitor.note(f"{net.name} with {net.num_params:,} parameters")
+        for name, text in plan.devices(parts, mesh, jax.process_count()).items():
+            monitor.note(f"{name}: {text}")
 
         labels = drawing.default_labels(parts.model, config.sample.num_samples)
-        sampler = drawing.sampler(parts.model, mesh=mesh)
+        # The others go on to the next step, and wait there for the one that draws.
+        several = jax.process_count() > 1
+        sampler = drawing.sampler(
+            parts.model, mesh=sharding.data_mesh(local=True) if several else mesh
+        )
 
         def draw(step: int, state: training.TrainState) -> None:
-            made = sampler(state.averaged, config.seed, labels)
-            drawing.save(directory.samples_path / f"step-{step:08d}", made)
+            params = sharding.on_every_host(state.averaged)
+            if writer:
+                made = sampler(params, config.seed, labels)
+                drawing.save(directory.samples_path / f"step-{step:08d}", made)
 
         def score(state: training.TrainState) -> float:
-            return float(parts.held_out_loss(state.averaged))
+            return float(parts.held_out_loss(sharding.on_every_host(state.averaged)))
 
         outcome = train(
             directory,
@@ -117,6 +163,7 @@ def _train(
             num_steps=config.train.steps,
             key=parts.key,
             mesh=mesh,
+            split_state=config.fsdp,
             # As given: what the data decide is measured anew from other data.
             config_text=toml.dumps(given),
             fixed=build.fixed(parts),
@@ -162,15 +209,9 @@ def _train(
 
 def _sinks(config: RunConfig) -> list[Any]:
     """Return where metrics go besides ``metrics.jsonl``."""
-    import dataclasses
-
-    import jax
-
     from lowdim_diffusion.training import sinks
 
     made, wanted = [], config.train
-    if jax.process_index() != 0:
-        return made
     try:
         package = "tensorboardX"
         if wanted.tensorboard:

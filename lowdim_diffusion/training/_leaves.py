@@ -174,11 +174,10 @@ def non_finite(leaves: Mapping[str, Any]) -> list[str]:
         if not is_key(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             devices = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
             groups.setdefault(devices, {})[path] = leaf
-    return [
-        path
-        for group in groups.values()
-        for (path, leaf), flags in zip(
-            group.items(), np.asarray(_finite(list(group.values()))), strict=True
-        )
-        if not sound(path, leaf, *map(bool, flags))
-    ]
+    flags = {path: row for group in groups.values() for path, row in _flags(group).items()}
+    return [path for path, row in flags.items() if not sound(path, leaves[path], *map(bool, row))]
+
+
+def _flags(group: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = to_hosts({"flags": _finite(list(group.values()))})["flags"]
+    return dict(zip(group, found, strict=True))

@@ -8,6 +8,7 @@ training that has diverged must not get used to it.) A bad step changes neither 
 optimizer, nor averages; it only moves on to the next batch.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowdim_diffusion._checks import check_choice, check_int, check_range
-from lowdim_diffusion._types import Array, Batch, PyTree
+from lowdim_diffusion._types import Array, Params, PyTree
 from lowdim_diffusion.training.step import WINDOW, Guard, TrainState, TrainStep
 
 __all__ = ["BadStep", "Guard", "diagnose", "guarded"]
@@ -57,8 +58,8 @@ def guarded(
         check_range("guarded", "max_spike", max_spike, 1, low_open=True)
     allowed = max_skips if on_nonfinite == "skip" else 0
 
-    def step(state: TrainState, batch: Batch, key: Any) -> tuple[TrainState, dict[str, Array]]:
-        new, metrics = train_step(state, batch, key)
+    def update(state: TrainState, grads: Params, metrics: dict[str, Array]):
+        new, metrics = train_step.update(state, grads, metrics)
         guard, loss = state.guard, metrics["loss"].astype(jnp.float32)
         good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
         if max_spike is not None:
@@ -72,7 +73,7 @@ def guarded(
         counts = {"skipped": state.guard.skipped} if allowed else {}
         return state, {**metrics, **counts, "stop": state.guard.streak > allowed}
 
-    return step
+    return dataclasses.replace(train_step, update=update)
 
 
 def _is_spike(guard: Guard, loss: Array, max_spike: float) -> Array:

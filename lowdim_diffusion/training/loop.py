@@ -3,7 +3,9 @@
 The number of steps is an *argument* of the program (a ``while`` loop with donated state), so short
 and long stretches run the same instructions: where a run was interrupted cannot change its
 numbers. The host waits once per stretch, never per step, and a non-finite loss, or whatever else a
-step calls a reason to ``stop``, ends the stretch at that step.
+step calls a reason to ``stop``, ends the stretch at that step. Of several processes the one that
+asks for the fewest steps decides for all: one that asks for none, because it was told to stop,
+stops them at the same step.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from lowdim_diffusion._types import Array, Batch, PRNGKey, PyTree
-from lowdim_diffusion.sharding import AXIS, check_batch, local_index
+from lowdim_diffusion.sharding import AXIS, check_batch, local_index, replicated, split_over_data
 from lowdim_diffusion.training.step import TrainState, TrainStep
 from lowdim_diffusion.training.throughput import count_flops
 
@@ -30,7 +32,8 @@ class Stretch(NamedTuple):
 
     state: TrainState
     num_steps: int
-    """Steps done; fewer than asked for if one stopped, that one included."""
+    """Steps done; fewer than asked for if one stopped, that one included, or if another process
+    asked for fewer."""
     metrics: dict[str, np.ndarray]
     """Per-step metrics, each ``[num_steps]``."""
     ok: bool
@@ -62,27 +65,53 @@ def compile_loop(
 ) -> Loop:
     """Return the compiled loop ``(state, arrays, key, num_steps) -> Stretch``.
 
-    The state is donated.
+    The state is donated. Where it is split over the devices (:func:`sharding.fsdp`) each device
+    gathers the parameters for a step, and keeps and updates its part alone; the numbers are those
+    of a replicated state.
 
     Args:
         train_step: made with ``axis_name=sharding.AXIS``.
         examples: stateless batches, see :data:`Examples`; each device asks for its own part.
         batch_size: global batch size, a multiple of the number of devices.
         mesh: one-axis mesh.
-        state: state to compile for (arrays or ``ShapeDtypeStruct``).
+        state: state to compile for, on the mesh (arrays or ``ShapeDtypeStruct``).
         arrays: the data that ``examples`` reads, replicated on the mesh.
         max_steps: longest stretch.
     """
     check_batch(batch_size, mesh.size)
     local_size = batch_size // mesh.size
 
-    def run(state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: Array):
-        index = local_index(local_size, AXIS)
-        data_key, loss_key = jax.random.split(key)
+    whole, split = PartitionSpec(), split_over_data(mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding or replicated(mesh), state)
+    is_split = not all(place.is_fully_replicated for place in jax.tree.leaves(places))
 
-        def one(state: TrainState):
-            batch = examples(arrays, data_key, state.step, index)
-            state, metrics = train_step(state, batch, jax.random.fold_in(loss_key, state.step))
+    # Not checked: "varying" bookkeeping of jax does not see through user-written losses.
+    def over_devices(fn: Any, in_specs: Any = whole, out_specs: Any = whole) -> Any:
+        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def one(state: TrainState, arrays: PyTree, data_key: PRNGKey, loss_key: PRNGKey):
+        batch = examples(arrays, data_key, state.step, local_index(local_size, AXIS))
+        return train_step(state, batch, jax.random.fold_in(loss_key, state.step))
+
+    def one_split(state: TrainState, arrays: PyTree, data_key: PRNGKey, loss_key: PRNGKey):
+        specs = jax.tree.map(lambda place: place.spec, places.params)
+
+        def gradients(params: PyTree, step: Array, *rest: Any):
+            arrays, data_key, loss_key = rest
+            batch = examples(arrays, data_key, step, local_index(local_size, AXIS))
+            return train_step.gradients(params, batch, jax.random.fold_in(loss_key, step), specs)
+
+        mapped = over_devices(gradients, (specs, *[whole] * 4), (specs, whole))
+        moved = mapped(state.params, state.step, arrays, data_key, loss_key)
+        state, metrics = train_step.update(state, *moved)
+        return jax.lax.with_sharding_constraint(state, places), metrics
+
+    def run(state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: Array):
+        data_key, loss_key = jax.random.split(key)
+        move = one_split if is_split else one
+
+        def step(state: TrainState):
+            state, metrics = move(state, arrays, data_key, loss_key)
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             return state, metrics, ~metrics.pop("stop", ~finite)
 
@@ -92,28 +121,33 @@ def compile_loop(
 
         def body(carry: Any):
             i, state, log, _ = carry
-            state, metrics, ok = one(state)
+            state, metrics, ok = step(state)
             log = jax.tree.map(lambda column, value: column.at[i].set(value), log, metrics)
             return i + 1, state, log, ok
 
-        shapes = jax.eval_shape(one, state)[1]
+        shapes = jax.eval_shape(step, state)[1]
         log = jax.tree.map(lambda m: jnp.zeros((max_steps, *m.shape), m.dtype), shapes)
         zero = jnp.zeros((), jnp.int32)
         start = (zero, state, log, jnp.asarray(True))
         done, state, log, ok = jax.lax.while_loop(more, body, start)
         return state, done, log, ok
 
-    whole = PartitionSpec()
-    # Not checked: "varying" bookkeeping of jax does not see through user-written losses.
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    mapped = run if is_split else over_devices(run)
+
+    def agreed(state: TrainState, arrays: PyTree, key: PRNGKey, asked: Array):
+        return mapped(state, arrays, key, jnp.min(asked))
+
     key = jax.eval_shape(lambda: jax.random.key(0))
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.jit(mapped, donate_argnums=0).trace(state, arrays, key, steps)
+    asked = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=split)
+    out = (places if is_split else replicated(mesh), *[replicated(mesh)] * 3)
+    jitted = jax.jit(agreed, donate_argnums=0, out_shardings=out)
+    traced = jitted.trace(state, arrays, key, asked)
     program = traced.lower().compile()
 
     def loop(state: TrainState, arrays: PyTree, key: PRNGKey, num_steps: int) -> Stretch:
-        limit = jnp.asarray(min(num_steps, max_steps), jnp.int32)
-        state, done, log, ok = program(state, arrays, key, limit)
+        mine = np.full(mesh.size, min(num_steps, max_steps), np.int32)
+        asked = jax.make_array_from_callback(mine.shape, split, lambda index: mine[index])
+        state, done, log, ok = program(state, arrays, key, asked)
         count, log, ok = jax.device_get((done, log, ok))
         return Stretch(state, int(count), {k: v[:count] for k, v in log.items()}, bool(ok))
 
@@ -123,5 +157,5 @@ def compile_loop(
 def batch_of(examples: Examples, batch_size: int, arrays: PyTree, key: PRNGKey, step: int) -> Batch:
     """Return the whole batch that the loop draws after ``step`` updates, to look at it."""
     data_key, _ = jax.random.split(key)
-    index = jnp.arange(batch_size, dtype=jnp.int32)
+    index = np.arange(batch_size, dtype=np.int32)
     return jax.jit(examples)(arrays, data_key, step, index)

@@ -1,6 +1,7 @@
 """One training step as a pure function, and the state it moves."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 from lowdim_diffusion._checks import check_int, fail
 from lowdim_diffusion._types import Array, Batch, LossFn, Params, PyTree
-from lowdim_diffusion.sharding import local_index
+from lowdim_diffusion.sharding import gather, local_index, mean_gradients
 from lowdim_diffusion.training import ema as averages
 
 __all__ = ["Guard", "TrainState", "TrainStep", "init_state", "make_train_step"]
@@ -59,7 +60,27 @@ class TrainState(NamedTuple):
         return self.ema[0] if self.ema else self.params
 
 
-TrainStep: TypeAlias = Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]
+@dataclass(frozen=True, eq=False)
+class TrainStep:
+    """The pure step ``(state, batch, key) -> (state, metrics)``, and what it is made of.
+
+    Its halves are there for states that are split over the devices: gradients are taken per
+    device, the update is left to the compiler.
+    """
+
+    loss: Callable[[Params, Batch, Any], tuple[Array, dict[str, Array]]]
+    """``(params, batch, key) -> (loss, aux)``: means over the batch, on one device."""
+    gradients: Callable[..., tuple[Params, dict[str, Array]]]
+    """``(params, batch, key, specs=None) -> (gradients, metrics)``. With ``specs``, the partition
+    of the parameters over the devices, each device gives and gets its part of them."""
+    update: Callable[[TrainState, Params, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+    """``(state, gradients, metrics) -> (state, metrics)``."""
+
+    def __call__(self, state: TrainState, batch: Batch, key: Any):
+        """Return the state after one update, and its metrics."""
+        return self.update(state, *self.gradients(state.params, batch, key))
+
+
 Decays: TypeAlias = averages.Decay | Sequence[averages.Decay] | None
 
 
@@ -128,23 +149,29 @@ def make_train_step(
         loss, aux = out if isinstance(out, tuple) else (out, {})
         return jnp.mean(loss), jax.tree.map(jnp.mean, dict(aux))
 
-    value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
-
-    def train_step(state: TrainState, batch: Batch, key: Any):
+    def gradients(params: Params, batch: Batch, key: Any, specs: PyTree = None):
         batch = _with_index(batch, axis_name)
-        params = state.params
         if axis_name is not None:
             # Marked as varying over the devices: otherwise shard_map sums the gradients by itself.
             params = jax.tree.map(lambda p: _varying(p, axis_name), params)
+        whole = (lambda params: params) if specs is None else lambda params: gather(params, specs)
+        total = jax.value_and_grad(
+            lambda params, part: mean_loss(whole(params), part, key), has_aux=True
+        )
         if accumulate == 1:
-            (loss, aux), grads = value_and_grad(params, batch, key)
+            (loss, aux), grads = total(params, batch)
         else:
-            total = lambda part: value_and_grad(params, part, key)
-            (loss, aux), grads = _mean_over(total, _split(batch, accumulate), accumulate)
+            parts = _split(batch, accumulate)
+            (loss, aux), grads = _mean_over(lambda part: total(params, part), parts, accumulate)
         metrics = {"loss": loss, **aux}
-        if axis_name is not None:
+        if specs is not None:
+            grads, metrics = mean_gradients(grads, specs), jax.lax.pmean(metrics, axis_name)
+        elif axis_name is not None:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        return grads, metrics
+
+    def update(state: TrainState, grads: Params, metrics: dict[str, Array]):
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -154,7 +181,7 @@ def make_train_step(
         )
         return TrainState(step, params, opt_state, moved, state.guard), metrics
 
-    return train_step
+    return TrainStep(mean_loss, gradients, update)
 
 
 def _varying(x: Array, axis_name: str | None) -> Array:

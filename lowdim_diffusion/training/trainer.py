@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lowdim_diffusion._checks import check_int
 from lowdim_diffusion._types import Params, PRNGKey, PyTree
-from lowdim_diffusion.sharding import replicate, replicated
+from lowdim_diffusion.sharding import fsdp, replicate, replicated
 from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError, Restored
 from lowdim_diffusion.training.guards import diagnose, guarded
 from lowdim_diffusion.training.loop import Examples, Stretch, batch_of, compile_loop
@@ -71,6 +71,7 @@ def train(
     num_steps: int,
     key: PRNGKey,
     mesh: Mesh,
+    split_state: bool = False,
     config_text: str = "",
     fixed: Mapping[str, Any] | None = None,
     assumed: Mapping[str, Any] | None = None,
@@ -101,7 +102,8 @@ def train(
         batch_size: global batch size.
         num_steps: total number of updates; a larger number than last time trains on.
         key: decides batches and noise, together with the step.
-        mesh: devices.
+        mesh: devices; all of several processes call this function alike.
+        split_state: split the state over the devices (:func:`sharding.fsdp`) instead of copying it.
         config_text: written to ``config.toml`` once the run is known to be this one.
         fixed: values that a resumed run must share with the first (seed, data, batch size, ...).
         assumed: what to take for values of ``fixed`` that a run did not record, since they did not
@@ -117,7 +119,7 @@ def train(
         reset_optimizer: ``params -> opt_state``, to resume without the optimizer's old state; it
             may be another optimizer then, and ``fixed["optim"]`` may differ.
         sample_every: steps between calls of ``sample_fn``; 0 never calls it.
-        sample_fn: ``(step, state)``.
+        sample_fn: ``(step, state)``; called on every process.
         monitor: shows progress.
         sinks: get metrics rows besides ``metrics.jsonl``, and those of ``stats.jsonl``; closed at
             the end. One that fails is dropped with a warning.
@@ -140,9 +142,10 @@ def train(
     guards: Any = {"on_nonfinite": on_nonfinite, "max_spike": max_spike, "max_skips": max_skips}
     train_step = guarded(train_step, **guards)
     fixed = dict(fixed or {})
-    whole = replicated(mesh)
+    shapes = jax.eval_shape(init)
+    places = fsdp(shapes, mesh) if split_state else jax.tree.map(lambda _: replicated(mesh), shapes)
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(init)
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
     note = monitor.note if monitor else lambda text: None
     policy: Any = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
@@ -166,7 +169,12 @@ def train(
                 note("the optimizer and its learning rate start anew")
         if first >= num_steps:
             return Outcome("already done", found.state, first, 0.0, 0.0, 0.0)  # pyright: ignore
-        state = replicate(init(), mesh) if found is None else found.state
+        if found is not None:
+            state = found.state
+        elif split_state:
+            state = jax.jit(init, out_shardings=places)()
+        else:
+            state = replicate(init(), mesh)
         arrays, key = replicate(arrays, mesh), replicate(key, mesh)
         begin = time.monotonic()
         loop = compile_loop(train_step, examples, batch_size, mesh, state, arrays)
@@ -187,7 +195,8 @@ def train(
                 stats.write(row)
                 everywhere.write([row], group="speed")
 
-        step, stretch, busy_s, skipped = first, 1, 0.0, int(state.guard.skipped)
+        step, stretch, busy_s, stopped = first, 1, 0.0, False
+        skipped = int(state.guard.skipped)
         meter = Meter(loop.flops, list(mesh.devices.flat), batch_size)
         everywhere = Sinks(sinks)
         with (
@@ -198,14 +207,20 @@ def train(
             if monitor:
                 monitor.start(first, num_steps)
             try:
-                while step < num_steps and not stop.requested:
+                while step < num_steps:
                     goal = _next_stop(step, num_steps, checkpoint_every, sample_every)
                     tracing = profile and step - first >= PROFILE_AFTER
                     count = min(PROFILE_STEPS if tracing else stretch, goal - step)
+                    if stop.requested:
+                        count = 0
                     with profiled(run, note) if tracing else contextlib.nullcontext():
                         begin = time.monotonic()
                         out = loop(state, arrays, key, count)
                         spent = time.monotonic() - begin
+                    stopped = out.num_steps == 0  # this process or another one was told to stop
+                    if stopped:
+                        state = out.state
+                        break
                     if tracing:
                         profile = False
                     else:
@@ -239,8 +254,9 @@ def train(
                         sample_fn(step, state)
                     if meter.due:
                         tell()
-                if stop.requested:
-                    note(f"{stop.name} received: saving step {step}")
+                if stopped:
+                    cause = f"{stop.name} received" if stop.requested else "another process stops"
+                    note(f"{cause}: saving step {step}")
                 tell()
                 save(step)
                 checkpointer.wait()
@@ -264,11 +280,8 @@ def _restore(
     found = checkpointer.restore_latest(shapes._replace(opt_state=()), without=("opt_state",))
     if found is None:
         return None
-    fresh = jax.tree.map(
-        lambda leaf, like: jax.device_put(leaf, like.sharding),
-        reset_optimizer(found.state.params),
-        shapes.opt_state,
-    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
+    fresh = jax.jit(reset_optimizer, out_shardings=places)(found.state.params)
     return found._replace(state=found.state._replace(opt_state=fresh))
 
 

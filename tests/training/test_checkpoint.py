@@ -778,20 +778,22 @@ def test_two_processes_and_back_to_one(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     env = dict(os.environ, PYTHONPATH=str(pathlib.Path(cp.__file__).parents[2]), XLA_FLAGS="")
     for start in (0, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(tmp_path / "two.py"), str(tmp_path), address, str(index)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env,
-            )
-            for index in range(2)
-        ]
-        results = [process.communicate(timeout=240) for process in processes]
+        with socket.socket() as holder:
+            # Held while they run: who shares the port may listen on it, and nobody else takes it.
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{holder.getsockname()[1]}"
+            processes = [
+                subprocess.Popen(
+                    [sys.executable, str(tmp_path / "two.py"), str(tmp_path), address, str(index)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=env,
+                )
+                for index in range(2)
+            ]
+            results = [process.communicate(timeout=240) for process in processes]
         names = ("IncompatibleStateError", "CheckpointError")
         for index, name in enumerate(names):
             assert processes[index].returncode == 0, results[index][1][-3000:]

@@ -64,6 +64,40 @@ def test_devices_agree(num_devices):
     np.testing.assert_allclose(one.metrics["loss"], many.metrics["loss"], rtol=1e-5)
 
 
+def test_a_split_state_moves_as_a_whole_one():
+    """Adam, clipping and averages on 4 devices, with and without a copy of everything on each."""
+    mesh = sharding.data_mesh(4)
+    optimizer, decay = (
+        optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
+        ema.classic(0.9),
+    )
+    shape = {"in": (6, 256), "out": (256, 6), "bias": (6,)}
+    keys = dict(zip(shape, jax.random.split(jax.random.key(0), 3), strict=True))
+    params = {name: 0.1 * jax.random.normal(keys[name], shape[name]) for name in shape}
+
+    def loss(params, batch, key):
+        out = jnp.tanh(batch["x"] @ params["in"]) @ params["out"] + params["bias"][None]
+        return jnp.mean((out - batch["x"]) ** 2, axis=1)
+
+    step = training.make_train_step(
+        loss, optimizer, ema=decay, axis_name=sharding.AXIS, accumulate=2
+    )
+    init = lambda: training.init_state(params, optimizer, ema=decay)
+    split = sharding.fsdp(jax.eval_shape(init), mesh)
+    found = []
+    for places in (jax.tree.map(lambda _: sharding.replicated(mesh), split), split):
+        placed = jax.tree.map(jax.device_put, init(), places)
+        arrays, key = sharding.replicate((DATA, jax.random.key(3)), mesh)
+        loop = compile_loop(step, examples, 16, mesh, placed, arrays)
+        found.append(loop(placed, arrays, key, 5))
+    moments = found[1].state.opt_state[1][0].mu
+    assert moments["in"].addressable_shards[0].data.shape == (6, 64)
+    assert found[1].state.ema[0]["out"].addressable_shards[0].data.shape == (64, 6)
+    assert found[1].state.params["bias"].is_fully_replicated
+    chex.assert_trees_all_close(*(jax.device_get(f.state) for f in found), rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(found[0].metrics, found[1].metrics, rtol=1e-5)
+
+
 def test_equals_stepping_by_hand():
     loop, state = make()
     out = loop(state, 3)
