@@ -78,8 +78,8 @@ def devices(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> dict[str
     rows = {
         "devices": f"{count}, mesh ({AXIS}={mesh.size}), batch {batch} = {local} per device",
         "state": held,
-        "memory": f"about {bytes_text(need.total)} per device: state {bytes_text(need.state)}, one step "
-        f"{bytes_text(need.step)} (estimate), data {bytes_text(need.data)}",
+        "memory": f"about {bytes_text(need.total)} per device: state {bytes_text(need.state)}, "
+        f"one step {bytes_text(need.step)} (estimate), data {bytes_text(need.data)}",
     }
     if mesh.size > 1:
         rows["each step"] = (
