@@ -18,6 +18,7 @@ COMMANDS = {
     "launch": "train by several processes on this machine",
     "sample": "draw samples from a run's newest good checkpoint",
     "analyze": "measure ranks, subspaces, nearest images; write the report",
+    "sweep": "train a grid of options: processes here or SLURM jobs, one table",
     "runs": "compare runs: status, loss, speed, options that differ, curves",
     "edit": "edit a region of images along singular vectors of the Jacobian",
     "export": "write weights, denoiser or sampler for use elsewhere",

@@ -101,7 +101,7 @@ def summarize(path: pathlib.Path) -> Summary:
     elif wanted is not None and saved is not None and saved >= wanted:
         status = "done"
     elif rows and rows[-1].get("loss", 0) is None:
-        status = "failed"
+        status, loss = "failed", None
         notes.append(f"loss not finite at step {step}")
     elif saved is not None and saved == step:
         status = "stopped"

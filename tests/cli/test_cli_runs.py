@@ -59,6 +59,7 @@ def test_what_a_finished_run_says(tmp_path):
 def test_states_of_runs(tmp_path, options, status, note):
     found = summarize(make(tmp_path / "a", **options))
     assert found.status == status and note in found.note and bool(note) == bool(found.note)
+    assert (found.loss is None) == (note in ("161", "no rows"))  # a loss that blew up has no mean
 
 
 def test_odd_contents_are_no_error(tmp_path):
