@@ -48,18 +48,18 @@ class SweepArguments:
 
 
 _DESCRIPTION = """\
-Train every combination of some options. Cells that are done are skipped, those
-that were stopped or failed are continued: the same command again, or with --out
-alone, finishes what is left. Ctrl-C lets all cells save and ends with exit code
-75, a second one ends them at once."""
+Train every combination of some options. Cells that are done are skipped,
+those that were stopped or failed are continued: the same command again, or
+with --out alone, finishes what is left. Ctrl-C lets all cells save and ends
+with exit code 75, a second one ends them at once."""
 _EXAMPLES = """\
-lowdim sweep --out sweeps/lr --grid optim.lr=1e-3,3e-4 --grid model.width=64,128
+lowdim sweep --out sweeps/lr --grid optim.lr=1e-3,3e-4 model.width=64,128
     --seeds 3 --jobs 2 -- --preset molrg --model.name mlp --train.steps 2000
-lowdim sweep --out sweeps/lr                              # continue it
-lowdim sweep --out sweeps/mult --grid "model.channel-mult=1 2,1 2 2" --dry-run
+lowdim sweep --out sweeps/lr                            # continue it
+lowdim sweep --out sweeps/m --grid "model.channel-mult=1 2,1 2 2" --dry-run
 lowdim sweep --out sweeps/big --file sweep.toml --executor slurm --jobs 8
     --slurm partition=gpu gpus-per-node=1 time=240
-lowdim runs sweeps/lr --sort loss --curves loss.html      # look at it"""
+lowdim runs sweeps/lr --sort loss --curves loss.html    # look at it"""
 
 
 class Cell(NamedTuple):
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     head, train = _split(argv)
     if wants_help(head):
         show_help(
-            f"{prog} --out DIR --grid NAME=VALUES [--OPTION VALUE ...] [-- TRAIN OPTIONS]",
+            f"{prog} --out DIR --grid NAME=VALUES ... [-- TRAIN OPTIONS]",
             _DESCRIPTION,
             [],
             SweepArguments(),

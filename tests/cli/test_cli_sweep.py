@@ -49,7 +49,7 @@ def test_names_are_safe_and_tell_equal_last_words_apart(tmp_path):
     odd = "../a b$(x);é"
     found = grid(tmp_path, data__path=[odd], data__seed=["1"], seed=["0"], data__flip=["false"])
     (cell,) = found
-    assert cell.name == "path=..-a-b--x----,data.seed=1,seed=0,flip=false"
+    assert cell.name == "path=..-a-b--x---,data.seed=1,seed=0,flip=false"
     assert cell.path.parent == tmp_path and "--data.no-flip" in cell.argv
     long = grid(tmp_path, data__path=["x" * 300, "x" * 301])
     assert len({c.name for c in long}) == 2 and all(len(c.name) < 160 for c in long)
@@ -254,6 +254,7 @@ def results(out):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("F43")
 def test_a_sweep_runs_skips_what_is_done_and_repeats_what_failed(tmp_path, capsys):
     out = tmp_path / "s s"
     argv = ["sweep", "--out", str(out), "--grid", "optim.lr=1e-2,1e30", "--jobs", "2", "--"]
