@@ -63,7 +63,15 @@ DATA_STD = (7.5 / DIM) ** 0.5
 MMPS_ITERS = 5
 
 
-OF_IMAGES = ("MMPS, 1 iteration", "PiGDM", "DPS", "DDNM", "DDS", "replacement x 10")
+OF_IMAGES = (
+    "MMPS, 1 iteration",
+    "MMPS, GMRES",
+    "PiGDM",
+    "DPS",
+    "DDNM",
+    "DDS",
+    "replacement x 10",
+)
 OF_POSTERIOR = ("MMPS", *OF_IMAGES[1:], "replacement", "ReSample", "DDS as denoiser", "no guidance")
 
 
@@ -148,8 +156,8 @@ def _pigdm(s: Setting) -> dict[str, Any]:
     return {"correct": guidance.pigdm(s.denoise_fn, s.schedule, s.operator, s.y, **levels)}
 
 
-def _mmps(s: Setting, num_iters: int = MMPS_ITERS) -> dict[str, Any]:
-    options = {"noise_std": s.noise_std, "num_iters": num_iters}
+def _mmps(s: Setting, num_iters: int = MMPS_ITERS, solver: Any = "cg") -> dict[str, Any]:
+    options = {"noise_std": s.noise_std, "num_iters": num_iters, "linear_solver": solver}
     return {"denoise_fn": guidance.mmps(s.denoise_fn, s.schedule, s.operator, s.y, **options)}
 
 
@@ -164,6 +172,7 @@ def _replacement(s: Setting, repeats: int = 1) -> dict[str, Any]:
 METHODS = {
     "MMPS": Method(_mmps, vjps=MMPS_ITERS + 1),
     "MMPS, 1 iteration": Method(functools.partial(_mmps, num_iters=1), vjps=2),
+    "MMPS, GMRES": Method(functools.partial(_mmps, solver="gmres"), vjps=MMPS_ITERS + 1),
     "PiGDM": Method(_pigdm, 1, 1),
     "DPS": Method(_dps, 1, 1),
     "DDNM": Method(lambda s: {"correct": _ddnm(s)}),

@@ -262,6 +262,61 @@ def conjugate_gradient(
     return jax.lax.scan(step, start, length=num_iters)[0][0]
 
 
+def gmres(
+    matvec: Callable[[Array], Array], b: Float[Array, "b *data"], *, num_iters: int
+) -> Float[Array, "b *data"]:
+    r"""Return the ``x`` of least ``||b - M x||`` in ``span(b, M b, ..., M^{k-1} b)``: full GMRES.
+
+    M need not be symmetric nor positive, and acts on each example alone; the residual never grows
+    with ``k = num_iters``. It holds ``k + 1`` vectors, made orthogonal twice, for which Krylov
+    directions that are rounding are left out. Gradients pass through.
+
+    Args:
+        matvec: ``[b, *data] -> [b, *data]``, the product with M.
+        b: ``[b, *data]``.
+        num_iters: number of products, small.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> turn = lambda x: jnp.stack([-x[:, 1], x[:, 0]], axis=1)
+        >>> print(gmres(turn, jnp.array([[1.0, 2.0]]), num_iters=2).round(5))
+        [[ 2. -1.]]
+
+    References:
+        Saad & Schultz 1986, SIAM J. Sci. Stat. Comput. 7(3), algorithm 4.
+    """
+    check_int("gmres", "num_iters", num_iters)
+    shape, flat = b.shape, lambda v: v.reshape(len(b), -1)
+    eps = jnp.finfo(b.dtype).eps
+    rows = jnp.arange(num_iters + 1)[None]
+
+    def unit(v: Array, least: Array) -> tuple[Array, Array]:
+        norm = safe_sqrt(jnp.sum(v**2, axis=-1))
+        good = norm > least
+        return jnp.where(good[:, None], v / jnp.where(good, norm, 1)[:, None], 0), norm * good
+
+    first, size = unit(flat(b), jnp.zeros(len(b), b.dtype))
+    basis = jnp.zeros((len(b), num_iters + 1, first.shape[1]), b.dtype).at[:, 0].set(first)
+
+    def step(basis: Array, j: Array) -> tuple[Array, Array]:
+        moved = flat(matvec(basis[:, j].reshape(shape)))
+        length = safe_sqrt(jnp.sum(moved**2, axis=-1))
+        column = jnp.zeros((len(b), num_iters + 1), b.dtype)
+        for _ in range(2):
+            inner = jnp.einsum("bkn,bn->bk", basis, moved, precision="highest")
+            moved = moved - jnp.einsum("bkn,bk->bn", basis, inner, precision="highest")
+            column = column + inner
+        following, norm = unit(moved, 10 * eps * length)
+        column = jnp.where(rows == j + 1, norm[:, None], column)
+        return basis.at[:, j + 1].set(following), column
+
+    basis, columns = jax.lax.scan(step, basis, jnp.arange(num_iters))
+    hessenberg = jnp.moveaxis(columns, 0, 2)  # [b, k + 1, k]
+    target = size[:, None] * (rows == 0)
+    weights = jax.vmap(lambda h, t: jnp.linalg.pinv(h, rcond=100 * eps) @ t)(hessenberg, target)
+    return jnp.einsum("bkn,bk->bn", basis[:, :-1], weights, precision="highest").reshape(shape)
+
+
 def largest_divisor(total: int, limit: int) -> int:
     """Return the largest divisor of ``total`` that is at most ``limit``."""
     return next(d for d in range(min(total, max(limit, 1)), 0, -1) if total % d == 0)

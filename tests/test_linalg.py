@@ -135,3 +135,38 @@ def test_krylov_space_of_low_rank_has_whole_frames(rank):
     for frame in (found.u, found.v):
         np.testing.assert_allclose(frame.T @ frame, np.eye(6), atol=2e-6)
     assert int(found.num_iters) <= 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gmres_is_least_squares_in_the_krylov_space(dtype, x64):
+    rng = np.random.default_rng(0)
+    m, b = rng.normal(size=(3, 6, 6)).astype(dtype), rng.normal(size=(3, 2, 3)).astype(dtype)
+    m[2] = np.outer(m[2, 0], m[2, 1])  # rank one: the Krylov space ends at once
+    flat = b.reshape(3, 6)
+    matvec = lambda x: jnp.einsum("bij,bj->bi", m, x.reshape(3, 6)).reshape(x.shape)
+    for k in (1, 3, 6, 8):
+        found = np.asarray(linalg.gmres(matvec, jnp.asarray(b), num_iters=k)).reshape(3, 6)
+        assert found.dtype == dtype
+        for i in range(3):
+            space = [flat[i].astype(np.float64)]
+            while len(space) < min(k, 6):
+                space.append(m[i] @ space[-1])
+                space[-1] = space[-1] / np.linalg.norm(space[-1])
+            q = np.linalg.qr(np.stack(space[: 2 if i == 2 else None], axis=1))[0]
+            rcond = 1e-5 if dtype == np.float32 else 1e-10
+            y = np.linalg.lstsq(m[i].astype(np.float64) @ q, flat[i], rcond=rcond)[0]
+            best = np.linalg.norm(flat[i] - m[i] @ (q @ y))
+            tolerance = 2e-4 if dtype == np.float32 else 1e-8
+            reached = np.linalg.norm(flat[i] - m[i] @ found[i])
+            assert reached < best + tolerance * np.linalg.norm(flat[i])
+            assert np.all(np.abs(found) < 1e4)
+
+
+@pytest.mark.slow
+def test_gmres_is_differentiable_and_leaves_zero_alone():
+    m = jnp.array([[2.0, 1.0], [0.0, 3.0]])
+    solve = lambda b: linalg.gmres(lambda x: x @ m.T, b, num_iters=2)
+    b = jnp.array([[1.0, 2.0]])
+    slope = jax.jacobian(lambda b: solve(b)[0])(b)[:, 0]
+    np.testing.assert_allclose(slope, np.linalg.inv(m), atol=1e-5)
+    np.testing.assert_array_equal(solve(0 * b), 0 * b)

@@ -28,16 +28,16 @@ Measurements are ``y: [b, *measurement]``, one per example, or with b = 1 one th
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lowdim_diffusion._checks import check_int, check_range
+from lowdim_diffusion._checks import check_choice, check_int, check_range
 from lowdim_diffusion._types import Array, ArrayLike, DenoiseFn, Scalar, Schedule
 from lowdim_diffusion.guidance._common import checked, inherit
 from lowdim_diffusion.guidance.operators import LinearOperator, check_measurement
-from lowdim_diffusion.linalg import conjugate_gradient, expand_right, safe_sqrt
+from lowdim_diffusion.linalg import conjugate_gradient, expand_right, gmres, safe_sqrt
 from lowdim_diffusion.solvers import CorrectFn
 
 __all__ = ["ddnm", "dds", "dps", "mmps", "pigdm", "replacement"]
@@ -114,16 +114,18 @@ def mmps(
     *,
     noise_std: Scalar = 0.0,
     num_iters: int = 1,
+    linear_solver: Literal["cg", "gmres"] = "cg",
 ) -> DenoiseFn:
     r"""Return the denoiser guided by moment matching: x_0 given x_t with Tweedie's covariance.
 
     .. math:: \hat x_0 + V A^T (A V A^T + s^2 I)^{-1} (y - A \hat x_0), \qquad
        V = \frac{\sigma^2}{\alpha} J = \operatorname{Cov}[x_0 | x_t],
 
-    solved by conjugate gradients whose products with V are vector-Jacobian products. The posterior
-    mean itself for Gaussian data of any covariance, with as many iterations as V has eigenvalues.
-    The Jacobian of a network is only nearly symmetric, for which conjugate gradients are not made:
-    there one iteration is safe, and five may diverge. Look at the misfit.
+    solved by a Krylov method whose products with V are vector-Jacobian products. The posterior mean
+    itself for Gaussian data of any covariance, with as many iterations as V has eigenvalues. The
+    Jacobian of a network is only nearly symmetric, for which conjugate gradients are not made:
+    one or two iterations are safe, and five may diverge. GMRES does not, but its first iterations
+    move less far.
 
     Args:
         denoise_fn: the prior.
@@ -131,13 +133,15 @@ def mmps(
         operator: A.
         y: ``[b, *measurement]``.
         noise_std: s >= 0.
-        num_iters: conjugate gradients, each one vector-Jacobian product; a handful if J is exact.
+        num_iters: iterations, each one vector-Jacobian product; a handful if J is exact.
+        linear_solver: ``"cg"``, or ``"gmres"`` for a network and more than two iterations.
 
     References:
         Rozet, Andry, Lanusse, Louppe 2024, arXiv 2405.13712, section 3.2.
     """
     _check_noise("mmps", noise_std)
     check_int("mmps", "num_iters", num_iters)
+    check_choice("mmps", "linear_solver", linear_solver, ("cg", "gmres"))
     check_measurement("mmps", operator, y)
     inner = checked("mmps", denoise_fn)
 
@@ -149,7 +153,10 @@ def mmps(
         spread = lambda v: scale * pull(operator.transpose(v))[0]  # V A^T v
         gram = lambda v: operator.apply(spread(v)) + noise_std**2 * v
         residual = target - operator.apply(x0_hat)
-        found = conjugate_gradient(gram, residual, 0 * residual, num_iters=num_iters)
+        if linear_solver == "gmres":
+            found = gmres(gram, residual, num_iters=num_iters)
+        else:
+            found = conjugate_gradient(gram, residual, 0 * residual, num_iters=num_iters)
         return x0_hat + spread(found)
 
     return inherit(guided, denoise_fn)

@@ -80,6 +80,25 @@ def test_mmps_is_the_posterior_mean_of_a_gaussian(noise_std, x64):
     gain = cov @ both.T @ np.linalg.inv(both @ cov @ both.T + noise)
     expected = mean + (np.hstack([y, x_t]) - mean @ both.T) @ gain.T
     np.testing.assert_allclose(jax.jit(guided)(x_t, np.full(2, T)), expected, atol=1e-9)
+    options = {"noise_std": noise_std, "num_iters": ROWS, "linear_solver": "gmres"}
+    guided = guidance.mmps(p.denoiser(VP), VP, op, y, **options)
+    np.testing.assert_allclose(jax.jit(guided)(x_t, np.full(2, T)), expected, atol=1e-9)
+
+
+def test_gmres_solves_with_a_jacobian_that_is_not_symmetric(x64):
+    """Where conjugate gradients diverge."""
+    rng = np.random.default_rng(3)
+    w = rng.normal(size=(DIM, DIM)) + 2 * np.eye(DIM)
+    y, x_t = rng.normal(size=(2, DIM)), rng.normal(size=(2, DIM))
+    op, run = guidance.matrix(np.eye(DIM)), functools.partial(guidance.mmps, linear(w), VP)
+    guided = lambda name: run(op, y, noise_std=0.5, num_iters=DIM, linear_solver=name)(
+        jnp.asarray(x_t), T
+    )
+    v = SIGMA**2 / ALPHA * w.T  # what a vector-Jacobian product takes for the covariance
+    x0_hat = x_t @ w.T
+    solved = np.linalg.solve(v + 0.25 * np.eye(DIM), (y - x0_hat).T).T
+    np.testing.assert_allclose(guided("gmres"), x0_hat + solved @ v.T, atol=1e-9)
+    assert np.abs(guided("cg") - guided("gmres")).max() > 0.1
 
 
 def test_ddnm_replaces_the_row_space_and_nothing_else(case):
