@@ -11,8 +11,8 @@ time of a step. Forward and backward pass count, and so does what rematerialisat
 FLOPs are counted on the program as it was traced, before any compiler: a product of [m, k] and
 [k, n] is 2 m k n; a convolution is 2 times its kernel for each value that it returns, padding
 included. The compiler's own count (``compiled.cost_analysis()``) is no substitute: it takes the
-body of an inner loop once (half of a step with ``accumulate=4``), and on GPUs it is blind to the
-libraries that products are handed to.
+body of an inner loop once (half of a step with ``accumulate=4``), leaves out products with padding,
+and adds elementwise work.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from lowdim_diffusion.cli.config import RunConfig
 from lowdim_diffusion.cli.executors import Job
 from lowdim_diffusion.cli.summary import summarize
 from lowdim_diffusion.cli.toml import dumps
+from lowdim_diffusion.training.rundir import RunDirectory
 
 SMALL = "--preset molrg --data.num-examples 64 --train.batch-size 32 --devices 1".split()
 
@@ -126,6 +127,23 @@ def test_what_a_sweep_is_of_is_read_back_as_written(tmp_path):
     (tmp_path / "sweep.toml").write_text(sweep._dumps(wanted))
     assert sweep._load(tmp_path / "sweep.toml") == wanted
     assert sweep._wanted(sweep.SweepArguments(), [], tmp_path) == wanted
+
+
+def test_a_cell_is_done_only_if_it_is_the_one_that_is_wanted(tmp_path):
+    before = lambda steps: sweep._before(grid(tmp_path, train__steps=[steps])[0])
+    assert before("20") == "new"
+    cell = grid(tmp_path, train__steps=["20"])[0]
+    (cell.path / "checkpoints" / "20").mkdir(parents=True)
+    (cell.path / "versions.json").write_text("{}")
+    (cell.path / "config.toml").write_text(dumps(cell.config))
+    assert before("20") == "done"
+    text = dumps(cell.config).replace("seed = 0\n", "seed = 1\n", 1)
+    (cell.path / "config.toml").write_text(text)
+    assert sweep._before(cell) == "changed"
+    (cell.path / "checkpoints" / "20").rename(cell.path / "checkpoints" / "10")
+    assert sweep._before(cell) == "stopped"
+    with RunDirectory(cell.path):
+        assert sweep._before(cell) == "running"
 
 
 # ---- launching ----------------------------------------------------------------------------------
@@ -270,9 +288,6 @@ def test_a_sweep_runs_skips_what_is_done_and_repeats_what_failed(tmp_path, capsy
     assert main(["sweep", "--out", str(out)]) == 4
     said = capsys.readouterr().out
     assert "1 done, 1 to run" in said and log.read_bytes() == before
-    # More steps are another config: both go on from where they are.
-    assert main([*argv, "--train.steps", "25"]) == 4
-    assert results(out)[0]["step"] == "25" and "continuing" in log.read_text()
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ def test_a_training_step_of_an_mlp_is_three_times_its_forward_pass():
     # Backward: twice that, but for the derivative in x, which nobody asks for.
     backward = 2 * forward - 2 * 32 * 5 * 64
     assert flops(jax.grad(mlp_loss), params, x) == {"float32": forward + backward}
+    again = flops(jax.grad(jax.checkpoint(mlp_loss)), params, x)
+    assert again == {"float32": 2 * forward + backward}
     # XLA counts the elementwise operations too.
     theirs = jax.jit(jax.grad(mlp_loss)).lower(params, x).compile().cost_analysis()["flops"]
     assert forward + backward < theirs < 1.1 * (forward + backward)
