@@ -163,6 +163,7 @@ def children(process):
     return [named[i] for i in sorted(named)]
 
 
+@pytest.mark.fault("F29")
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_equal_eight_devices_equal_one(tmp_path):
@@ -203,6 +204,7 @@ def test_a_split_state_has_the_same_bits_and_moves_to_any_topology(tmp_path):
     assert_close(state(tmp_path / "whole"), state(tmp_path / "moved"))
 
 
+@pytest.mark.fault("F30")
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 1])
@@ -266,6 +268,7 @@ def test_an_error_of_one_process_is_that_of_all(tmp_path):
     assert told.startswith("lowdim train: error: process 1: ") and err[21:] in told
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("index", [0, 1])

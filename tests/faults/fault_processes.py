@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
+
 from lowdim_diffusion.training import checkpoint
 from lowdim_diffusion.training.rundir import read_metrics
 
@@ -51,6 +53,16 @@ class Process:
         self._out, self._err = folder / "out", folder / "err"
         self._process = start(self._out, self._err)
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._code() is None
+
     def wait_for(self, text: str) -> None:
         """Return once the command has printed ``text``."""
         deadline = time.monotonic() + PATIENCE_S
@@ -62,7 +74,7 @@ class Process:
 
     def send(self, number: int) -> None:
         """Send a signal."""
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def finish(self) -> Done:
         """Wait for the end."""
@@ -196,6 +208,32 @@ def same_run(run: pathlib.Path, whole: pathlib.Path) -> None:
     rows, rows_of_whole = (read_metrics(path / "metrics.jsonl") for path in (run, whole))
     assert [row["step"] for row in rows] == list(range(1, expected["step"] + 1))
     assert rows == rows_of_whole
+
+
+def close_run(run: pathlib.Path, whole: pathlib.Path) -> None:
+    """Equal to 1e-5 to a run on other devices, with one metrics row per step."""
+    found, expected = (
+        checkpoint._leaves.flatten(checkpoint.load(path / "checkpoints").state)
+        for path in (run, whole)
+    )
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        if "key" not in path:
+            scale = np.abs(expected[path]).max()
+            np.testing.assert_allclose(leaf, expected[path], 1e-5, 1e-5 * scale, err_msg=path)
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows and [row["step"] for row in rows] == list(range(1, int(expected["step"]) + 1))
+
+
+def children(process: Process) -> list[int]:
+    """The processes that a command has started."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def words_of(pid: int) -> bytes:
+    """The command line of a process."""
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def snapshot(path: pathlib.Path) -> dict[str, bytes]:

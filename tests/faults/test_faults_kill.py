@@ -1,6 +1,7 @@
 """A process that dies, or is told to stop, loses no committed checkpoint and no bit."""
 
 import functools
+import os
 import random
 import signal
 import time
@@ -8,6 +9,8 @@ import time
 import fault_processes as fp
 import pytest
 import sabotage
+
+from lowdim_diffusion.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +89,26 @@ def test_kill_while_a_run_is_set_up(whole, tmp_path):
     fp.succeeds(fp.train(tmp_path / "run"))
     fp.same_run(tmp_path / "run", whole)
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.distributed
+@pytest.mark.fault("F30")
+def test_a_killed_peer_costs_no_number(long_run, tmp_path):
+    """Two processes, one of them killed between two saves; one alone ends where none was killed."""
+    run = tmp_path / "run"
+    train = ["train", *fp.TINY, *EVERY_STEP, "--train.steps", str(STEPS), "--out", str(run)]
+    words = ["launch", "--processes", "2", "--devices-per-process", "1", "--", *train]
+    process = fp.command(*words, "--devices", "2")
+    process.wait_for("START")
+    peers = [pid for pid in fp.children(process) if b"process-id=1" in fp.words_of(pid)]
+    while len(checkpoint.all_steps(run / "checkpoints")) < 2:
+        assert process.running
+        time.sleep(0.01)
+    os.kill(peers[0], signal.SIGKILL)
+    fp.fails_clearly(process.finish(), 76, "process 1 died by SIGKILL")
+    assert 0 < max(fp.steps_of(run)) < STEPS
+    assert fp.train(run, *EVERY_STEP, steps=STEPS).code == 0
+    fp.close_run(run, long_run)
 
 
 SLOW = [functools.partial(sabotage.slow_steps, 0.2)]

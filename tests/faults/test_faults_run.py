@@ -17,10 +17,6 @@ from lowdim_diffusion.training import checkpoint
 pytestmark = pytest.mark.slow
 
 
-def arrays(run):
-    return checkpoint._leaves.flatten(checkpoint.load(run / "checkpoints").state)
-
-
 @pytest.mark.fault("F01")
 def test_two_runs_in_two_kinds_of_process_are_the_same(whole, tmp_path):
     fp.succeeds(fp.train(tmp_path / "run", start=fp.command))
@@ -33,14 +29,9 @@ def test_one_then_two_then_eight_devices_then_one(whole, tmp_path):
     for steps, devices in ((5, 1), (10, 2), (15, 8), (20, 1)):
         done = fp.train(run, "--devices", str(devices), steps=steps, devices=devices)
         assert done.code == 0, done
-        assert f"on {devices} x" in done.out
+        assert f"{devices} x cpu" in done.out
         assert ("device_count" in done.out) == (steps > 5)  # bits may differ: one line says so
-    found, expected = arrays(run), arrays(whole)
-    assert found.keys() == expected.keys()
-    for path in found:
-        if "key" not in path:
-            scale = np.abs(expected[path]).max()
-            np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-5 * scale)
+    fp.close_run(run, whole)
 
 
 @pytest.mark.fault("F34")
