@@ -19,6 +19,7 @@ def main() -> int:
         "--resume", action="store_true", help="keep the cases that DIR holds from this environment"
     )
     options = parser.parse_args()
+    from benchmarks import roof
     from benchmarks.cases import CASES
 
     if options.list:
@@ -35,14 +36,20 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    measured = roof.measure()
+    print(
+        f"this device: {measured.gemm_flops / 1e9:,.0f} GFLOP/s in float32 products, "
+        f"{measured.bytes_per_s / 1e9:,.1f} GB/s\n",
+        flush=True,
+    )
     results = harness.finished(options.out / "benchmarks.json", options.size) * options.resume
     for case in chosen.values():
         if any(result["case"] == case.name for result in results):
             print(f"{case.name}: kept", flush=True)
             continue
-        results.append(harness.run(case, options.size, options.repeats))
+        results.append(harness.run(case, options.size, options.repeats, measured))
         print(harness.table(results[-1]), end="\n\n", flush=True)
-        harness.write(options.out / "benchmarks.json", results)
+        harness.write(options.out / "benchmarks.json", results, measured)
     print(f"written to {options.out / 'benchmarks.json'}")
     return 0
 

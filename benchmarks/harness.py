@@ -13,12 +13,14 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks import roof
 from lowdim_diffusion import _files
+from lowdim_diffusion.training import throughput
 
 SIZES = ("smoke", "small", "medium", "large")
 SHORT_S = 5e-3
@@ -34,13 +36,24 @@ class Variant(NamedTuple):
         call: does the work once and waits for it. One that starts a process returns the seconds
             that the work took in there (a float), which count instead of its own.
         units: how many units of work one call does (steps, samples, denoiser calls, ...).
-        compile_s: time spent in lowering and compiling, None where nothing is compiled.
+        compile_s: time spent in compiling, None where nothing is compiled.
+        lower_s: time spent in tracing and lowering.
+        flops: of the matrix products and convolutions of one call.
+        peak_bytes: what the compiled program holds at most: arguments, results and temporaries.
+        bars: what is promised beyond the size ``smoke``: at most so many times the time of the
+            variant of that name.
+        ours: whether this package does the work; others are yardsticks.
     """
 
     name: str
     call: Callable[[], Any]
     units: int = 1
     compile_s: float | None = None
+    lower_s: float | None = None
+    flops: float | None = None
+    peak_bytes: int | None = None
+    bars: Mapping[str, float] = {}
+    ours: bool = True
 
 
 class Case(NamedTuple):
@@ -55,15 +68,45 @@ class Case(NamedTuple):
     """Fewer rounds than usual, for a case whose calls repeat the work themselves."""
 
 
-def jitted(name: str, fn: Callable[..., Any], *args: Any, units: int = 1) -> Variant:
+def jitted(
+    name: str,
+    fn: Callable[..., Any],
+    *args: Any,
+    units: int = 1,
+    bars: Mapping[str, float] | None = None,
+    ours: bool = True,
+) -> Variant:
     """Return the variant that runs ``jit(fn)(*args)``, compiled here and timed apart."""
     begin = time.perf_counter()
-    program = jax.jit(fn).lower(*args).compile()
-    compile_s = time.perf_counter() - begin
-    return Variant(name, lambda: jax.block_until_ready(program(*args)), units, compile_s)
+    traced = jax.jit(fn).trace(*args)
+    lowered = traced.lower()
+    middle = time.perf_counter()
+    program = lowered.compile()
+    end = time.perf_counter()
+    return Variant(
+        name,
+        lambda: jax.block_until_ready(program(*args)),
+        units,
+        compile_s=end - middle,
+        lower_s=middle - begin,
+        flops=sum(throughput.count_flops(traced.jaxpr).values()) or None,
+        peak_bytes=_peak_bytes(program),
+        bars=bars or {},
+        ours=ours,
+    )
 
 
-def run(case: Case, size: str, repeats: int | None = None) -> dict[str, Any]:
+def _peak_bytes(program: Any) -> int | None:
+    used = program.memory_analysis()
+    if used is None:
+        return None
+    held = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    return held - used.alias_size_in_bytes
+
+
+def run(
+    case: Case, size: str, repeats: int | None = None, measured_roof: roof.Roof | None = None
+) -> dict[str, Any]:
     """Return a case's timings, ready for JSON; times per unit of work are in milliseconds."""
     variants = case.build(size)
     firsts = [_timed(variant.call) for variant in variants]
@@ -72,27 +115,47 @@ def run(case: Case, size: str, repeats: int | None = None) -> dict[str, Any]:
     for _ in range(min(rounds, case.most_rounds or rounds)):
         for variant, taken in zip(variants, times, strict=True):
             taken.append(_timed(variant.call))
+    each = {
+        variant.name: [t / variant.units for t in taken]
+        for variant, taken in zip(variants, times, strict=True)
+    }
     rows = []
-    for variant, first, taken in zip(variants, firsts, times, strict=True):
-        ratios = [
-            (mine / variant.units) / (other / variants[0].units)
-            for mine, other in zip(taken, times[0], strict=True)
-        ]
+    for variant, first in zip(variants, firsts, strict=True):
+        taken = each[variant.name]
+        compared = ratios(taken, each[variants[0].name])
+        rate = variant.flops and variant.flops / (min(taken) * variant.units)
         rows.append(
             {
                 "variant": variant.name,
+                "ours": variant.ours,
+                "lower_s": variant.lower_s,
                 "compile_s": variant.compile_s,
                 "first_call_s": first,
-                "median_ms": 1e3 * statistics.median(taken) / variant.units,
-                "min_ms": 1e3 * min(taken) / variant.units,
+                "median_ms": 1e3 * statistics.median(taken),
+                "min_ms": 1e3 * min(taken),
                 "units": variant.units,
-                "per_s": variant.units / statistics.median(taken),
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
+                "per_s": 1 / statistics.median(taken),
+                "ratio": statistics.median(compared),
+                "ratio_min": min(compared),
+                "ratio_max": max(compared),
+                "flops_per_s": rate,
+                "share_of_gemm": rate and measured_roof and rate / measured_roof.gemm_flops,
+                "peak_bytes": variant.peak_bytes,
+                "bars": [
+                    {"against": name, "at_most": most, "ratio": found, "met": found <= most}
+                    for name, most in variant.bars.items()
+                    if name in each and size != "smoke"
+                    for found in [statistics.median(ratios(taken, each[name]))]
+                ],
+                "times_ms": [1e3 * t for t in taken],
             }
         )
     return {"case": case.name, "unit": case.unit, "size": size, "bar": case.bar, "rows": rows}
+
+
+def ratios(mine: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the ratio of each round."""
+    return [a / b for a, b in zip(mine, others, strict=True)]
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -126,26 +189,51 @@ def environment() -> dict[str, Any]:
     }
 
 
+def duration(ms: float) -> str:
+    """Return a time with three figures and its unit.
+
+    Examples:
+        >>> duration(0.0123), duration(12.3), duration(12345.0)
+        ('12.3 us', '12.3 ms', '12.3 s')
+    """
+    if ms < 1:
+        return f"{1e3 * ms:.3g} us"
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
 def table(result: dict[str, Any]) -> str:
     """Return a case's timings as text."""
     bar = f"   bar: {result['bar']}" if result["bar"] else ""
     lines = [f"{result['case']} ({result['size']}), per {result['unit']}{bar}"]
-    heads = f"{'median':>11}{'min':>11}{'per s':>12}{'ratio':>8}{'spread':>14}{'compile':>9}"
-    lines.append(f"  {'variant':<32}{heads}")
+    heads = f"{'median':>11}{'min':>11}{'per s':>12}{'ratio':>8}{'spread':>14}"
+    lines.append(f"  {'variant':<32}{heads}{'of GEMM':>9}{'memory':>11}{'compile':>9}")
     for row in result["rows"]:
         compile_s = "" if row["compile_s"] is None else f"{row['compile_s']:.1f} s"
         spread = f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f}"
+        share = "" if row["share_of_gemm"] is None else f"{row['share_of_gemm']:.0%}"
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.3g} MB"
         lines.append(
-            f"  {row['variant']:<32}{row['median_ms']:>8.4g} ms{row['min_ms']:>8.4g} ms"
-            f"{row['per_s']:>12,.1f}{row['ratio']:>8.2f}{spread:>14}{compile_s:>9}"
+            f"  {row['variant']:<32}{duration(row['median_ms']):>11}{duration(row['min_ms']):>11}"
+            f"{row['per_s']:>12,.1f}{row['ratio']:>8.2f}{spread:>14}"
+            f"{share:>9}{memory:>11}{compile_s:>9}"
         )
+        lines += [
+            f"    {'met' if b['met'] else 'MISSED'}: {b['ratio']:.3g} of {b['against']}, "
+            f"at most {b['at_most']:g}"
+            for b in row["bars"]
+        ]
     return "\n".join(lines)
 
 
-def write(path: pathlib.Path, results: Sequence[dict[str, Any]]) -> None:
+def write(
+    path: pathlib.Path,
+    results: Sequence[dict[str, Any]],
+    measured_roof: roof.Roof | None = None,
+) -> None:
     """Write timings and environment as JSON; a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(), "results": list(results)}
+    roofs = measured_roof and measured_roof._asdict()
+    content = {"environment": environment(), "roof": roofs, "results": list(results)}
     _files.write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 

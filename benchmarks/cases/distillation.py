@@ -46,13 +46,13 @@ def _build(size: str) -> list[Variant]:
     def error(weight: Any, truth: Any) -> Any:
         return jnp.linalg.norm(weight - truth) / jnp.linalg.norm(truth)
 
-    def variant(name: str, fn: Any, *args: Any) -> Variant:
+    def variant(name: str, fn: Any, *args: Any, ours: bool) -> Variant:
         begin = time.perf_counter()
         program = jax.jit(fn).lower(*args).compile()
         compile_s = time.perf_counter() - begin
         mean = float(jax.vmap(error)(program(*args), truth).mean())
         call = lambda: jax.block_until_ready(program(*args))
-        return Variant(f"{name}, error {mean:.3f}", call, count, compile_s)
+        return Variant(f"{name}, error {mean:.3f}", call, count, compile_s, ours=ours)
 
     def closed(x: Any) -> Any:
         return generalization.distill_linear(
@@ -88,11 +88,12 @@ def _build(size: str) -> list[Variant]:
 
     rates = jax.jit(lambda: jax.lax.map(lambda level: search(*level), (sigmas, truth)))()
     variants = [
-        variant("closed form", closed, x),
+        variant("closed form", closed, x, ours=True),
         variant(
             "Adam",
             lambda rates: jax.lax.map(lambda level: trained(*level), (sigmas, rates)),
             rates,
+            ours=False,
         ),
     ]
     return variants + _torch(np.asarray(x), float(sigmas[count // 2]), num_steps)
@@ -121,7 +122,7 @@ def _torch(x: np.ndarray, sigma: float, num_steps: int) -> list[Variant]:
             loss.backward()
             optimizer.step()
 
-    return [Variant("PyTorch script, Adam", call)]
+    return [Variant("PyTorch script, Adam", call, ours=False)]
 
 
 CASES = [

@@ -39,7 +39,8 @@ def _sweep(num_trainings: int, num_steps: int) -> Variant:
     call = lambda: training.sweep(
         fit, {"seed": range(num_trainings)}, chunk=num_trainings, batch_size=256
     )
-    return Variant("training.sweep, compiled each time", call, num_trainings)
+    bars = {"PyTorch loop": 1 / 17}
+    return Variant("training.sweep, compiled each time", call, num_trainings, bars=bars)
 
 
 def _loop(num_trainings: int, num_steps: int) -> Variant:
@@ -62,7 +63,7 @@ def _loop(num_trainings: int, num_steps: int) -> Variant:
                 state, _ = step(state, {"x": x}, jax.random.fold_in(fit_key, state.step))
             jax.block_until_ready(state)
 
-    return Variant("Python loop over a jitted step", call, num_trainings)
+    return Variant("Python loop over a jitted step", call, num_trainings, ours=False)
 
 
 def _torch(num_trainings: int, num_steps: int) -> list[Variant]:
@@ -88,7 +89,7 @@ def _torch(num_trainings: int, num_steps: int) -> list[Variant]:
                 loss.backward()
                 optimizer.step()
 
-    return [Variant("PyTorch loop", call, num_trainings)]
+    return [Variant("PyTorch loop", call, num_trainings, ours=False)]
 
 
 def _build(size: str) -> list[Variant]:
