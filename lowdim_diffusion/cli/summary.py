@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lowdim_diffusion._files import is_locked
+from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.config import RunConfig, options_of
 
 __all__ = ["Summary", "differing", "find", "last_loss", "losses", "summarize"]
@@ -197,7 +198,7 @@ def _tail(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _config(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     try:
-        read = dict(_dotted(tomllib.loads(path.read_bytes().decode())))
+        read = dict(_dotted(tomllib.loads(toml.text_of(path))))
         return {name: value for name, value in (_defaults() | read).items() if value is not None}
     except FileNotFoundError:
         notes.append("no config.toml")
@@ -232,7 +233,7 @@ def _num_params(checkpoint: pathlib.Path) -> int | None:
         described = json.loads((checkpoint / "leaves" / "metadata").read_bytes())
         leaves = described["content"]["leaves"].items()
         return sum(math.prod(v["shape"]) for k, v in leaves if k.startswith("params/"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

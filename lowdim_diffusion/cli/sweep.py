@@ -196,9 +196,10 @@ def _several(field: dataclasses.Field) -> bool:
 
 
 def _load(path: pathlib.Path) -> _Sweep:
+    text = toml.text_of(path)
     try:
-        tree = tomllib.loads(path.read_bytes().decode())
-    except ValueError as error:
+        tree = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path}: not valid TOML: {error}") from None
     if unknown := set(tree) - {"grid", "train"}:
         raise CommandError(f"{path}: unknown key {sorted(unknown)[0]!r}; there are grid and train")

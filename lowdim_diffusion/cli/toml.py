@@ -22,7 +22,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from lowdim_diffusion.cli.config import RunConfig, options_of
 
-__all__ = ["dumps", "load", "loads", "suggest"]
+__all__ = ["dumps", "load", "loads", "suggest", "text_of"]
 
 _MAX_BYTES = 10**6
 
@@ -66,7 +66,11 @@ def loads(text: str, *, base: RunConfig | None = None, source: str = "config") -
 
 def load(path: str | pathlib.Path, *, base: RunConfig | None = None) -> RunConfig:
     """Return the config in a TOML file on top of ``base``; see :func:`loads`."""
-    path = pathlib.Path(path)
+    return loads(text_of(path), base=base, source=str(path))
+
+
+def text_of(path: str | pathlib.Path) -> str:
+    """Return the text of a TOML file; ``ValueError`` if it is none, or is absurdly large."""
     with open(path, "rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
@@ -75,7 +79,7 @@ def load(path: str | pathlib.Path, *, base: RunConfig | None = None) -> RunConfi
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a TOML file: {error.reason} at byte {error.start}") from None
-    return loads(text.replace("\r\n", "\n"), base=base, source=str(path))
+    return text.replace("\r\n", "\n")
 
 
 def dumps(config: RunConfig) -> str:

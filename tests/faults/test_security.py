@@ -214,10 +214,10 @@ CONFIGS = {
 def test_hostile_configs_from_the_command_line(tmp_path, name):
     path = tmp_path / f"{name}.toml"
     CONFIGS[name](path)
-    argv = ["train", "--config", path.name]
-    done = fp.forked(*argv, sabotage=BOUNDED, cwd=tmp_path).finish()
-    fp.fails_clearly(done, 2, "--out" if name == "nul" else path.name)
-    assert os.listdir(tmp_path) == [path.name]
+    for argv in (["train", "--config"], ["sweep", "--out", "s", "--file"]):
+        done = fp.forked(*argv, path.name, sabotage=BOUNDED, cwd=tmp_path).finish()
+        fp.fails_clearly(done, 2, "--out" if (name, argv[0]) == ("nul", "train") else path.name)
+        assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.slow
@@ -253,6 +253,18 @@ def test_nests_without_end_in_small_files(tmp_path):
     (tmp_path / "versions.json").write_text(deep)
     with RunDirectory(tmp_path) as run:
         assert run.record_versions({"jax": "1"}) == ["versions.json could not be read"]
+
+
+@pytest.mark.slow
+def test_hostile_files_in_a_run_directory_become_notes(half):
+    deep = "[" * 100_000
+    for name in ("config.toml", "stats.jsonl", "checkpoints/15/leaves/metadata"):
+        (half / name).write_text(deep)
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write(deep + "\n")
+    done = fp.forked("runs", str(half), sabotage=BOUNDED).finish()
+    assert done.code == 0 and done.err.count("\n") == 1, done
+    assert "config.toml is not valid TOML" in done.err and "stopped" in done.out
 
 
 def test_bombs_among_features_and_chunks(tmp_path):
