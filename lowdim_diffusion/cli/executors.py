@@ -112,6 +112,8 @@ def _gpus() -> list[str]:
 
 # ---- SLURM --------------------------------------------------------------------------------------
 
+_LOOK_S = 15.0
+
 
 class Task:
     """What a SLURM job runs: the command, asked to save before the job's time is up.
@@ -211,21 +213,40 @@ def slurm(
     except FailedJobError as error:
         raise CommandError(f"sbatch: {' '.join(str(error).split())}", ExitCode.IO) from None
     left = dict(zip(jobs, submitted, strict=True))
-    deadline = None
+    missing: set[Job] = set()
+    deadline, look = None, time.monotonic()
     while left and not (deadline and time.monotonic() > deadline):
         if stop() and deadline is None:
             deadline = time.monotonic() + 60  # SLURM kills 30 s after it has asked
             for handle in left.values():
                 handle.cancel(check=False)
-        ended = [job for job, handle in left.items() if handle.done()]
-        for job in ended:
-            yield job, _result(left.pop(job))
+        ended = {job: True for job, handle in left.items() if handle.paths.result_pickle.exists()}
+        if cluster == "slurm" and not ended and time.monotonic() >= look:
+            look = time.monotonic() + _LOOK_S
+            queued = _queued([handle.job_id for handle in left.values()])
+            gone = {job for job, handle in left.items() if handle.job_id not in queued}
+            ended = dict.fromkeys(gone & missing, False)  # twice: files may be late
+            missing = gone
+        for job, has_result in ended.items():
+            handle = left.pop(job)
+            if has_result or job.log.exists():  # else it was cancelled before it started
+                yield job, _result(handle) if has_result else ExitCode.INTERNAL
         if not ended:
             time.sleep(1.0)
+
+
+def _queued(ids: Sequence[str]) -> set[str]:
+    """Which jobs SLURM still knows; ``sacct``, which submitit asks, needs accounting."""
+    whole = ",".join(sorted({i.split("_")[0] for i in ids}))
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={whole}"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        return set(ids)  # the controller does not answer: that says nothing of the jobs
+    return set(asked.stdout.split())
 
 
 def _result(handle: Any) -> int:
     try:
         return handle.result()
-    except Exception:  # the node died, the job was cancelled, its environment is broken
+    except Exception:  # its environment there is broken
         return ExitCode.INTERNAL
