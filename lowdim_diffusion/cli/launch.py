@@ -144,7 +144,7 @@ def _run(
     def forward(number: int, frame: Any) -> None:
         sent.append(number)
         for process in started:
-            process.send_signal(number)  # nothing happens to one that has ended
+            process.send_signal(number)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -169,8 +169,8 @@ def _run(
         return _wait(started, ends, sent)
     finally:
         for process in started:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # nothing happens to one that has ended
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
