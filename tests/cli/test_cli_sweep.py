@@ -17,6 +17,7 @@ from lowdim_diffusion.cli.summary import summarize
 from lowdim_diffusion.cli.toml import dumps
 from lowdim_diffusion.training.rundir import RunDirectory
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = "--preset molrg --data.num-examples 64 --train.batch-size 32 --devices 1".split()
 
 
@@ -232,9 +233,15 @@ def test_jobs_share_the_gpus(gpus, slots, shares, monkeypatch):
 
 
 @pytest.mark.slow
-def test_submitit_runs_jobs_and_queues_again_what_is_out_of_time(tmp_path):
-    """In its own local executor, which imitates the signal that SLURM sends ahead of the limit."""
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_submitit_runs_jobs_and_queues_again_what_is_out_of_time(
+    cluster, tmp_path, request, monkeypatch
+):
+    """On a real SLURM, and in submitit's imitation of it; the signal is that ahead of the limit."""
     pytest.importorskip("submitit")
+    if cluster == "slurm":
+        monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm")["SLURM_CONF"])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     again = tmp_path / "again"
     code = (
         f"import os, signal, sys, time; again = {str(again)!r}\n"
@@ -243,16 +250,21 @@ def test_submitit_runs_jobs_and_queues_again_what_is_out_of_time(tmp_path):
         "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
     )
     jobs = [job(tmp_path, "a", "import sys; sys.exit(4)"), job(tmp_path, "b", code)]
-    more = {"options": {}, "folder": tmp_path / "files", "cluster": "local"}
+    more = {"options": {}, "folder": tmp_path / "files", "cluster": cluster}
     ended = executors.slurm(jobs, at_once=2, stop=never, **more)
-    assert next(ended)[1] == 4
-    until(lambda: "ready" in jobs[1].log.read_text())
-    (running,) = (
-        p
-        for p in pathlib.Path("/proc").iterdir()
-        if p.name.isdecimal() and f"submitit.core._submit\0{tmp_path}" in _command_line(p)
-    )
-    os.kill(int(running.name), signal.SIGUSR2)
+    first, code = next(ended)
+    assert (first.name, code) == ("a", 4)
+    until(lambda: jobs[1].log.exists() and "\nready" in jobs[1].log.read_text())
+    if cluster == "slurm":
+        listed = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True)
+        subprocess.run(["scancel", "--signal=USR2", listed.stdout.split()[0]], check=True)
+    else:
+        (running,) = (
+            int(p.name)
+            for p in pathlib.Path("/proc").iterdir()
+            if p.name.isdecimal() and f"submitit.core._submit\0{tmp_path}" in _command_line(p)
+        )
+        os.kill(running, signal.SIGUSR2)
     assert [(j.name, code) for j, code in ended] == [("b", 0)] and again.exists()
 
 
@@ -261,6 +273,20 @@ def _command_line(process):
         return (process / "cmdline").read_text(errors="replace")
     except OSError:
         return ""
+
+
+@pytest.mark.slow
+def test_a_stop_cancels_jobs_of_slurm_and_those_that_run_save(slurm, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    jobs = [job(tmp_path, f"j{i}", PATIENT) for i in range(3)]
+    ready = lambda: any(j.log.exists() and "\nready" in j.log.read_text() for j in jobs)
+    more = {"options": {}, "folder": tmp_path / "files"}
+    monkeypatch.setattr(executors, "_LOOK_S", 2.0)
+    ended = list(executors.slurm(jobs, at_once=1, stop=ready, **more))
+    assert [(j.name, code) for j, code in ended] == [("j0", 75)]
+    assert not jobs[1].log.exists() and not jobs[2].log.exists()
 
 
 # ---- the whole ----------------------------------------------------------------------------------

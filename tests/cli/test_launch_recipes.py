@@ -61,20 +61,6 @@ def test_recipes_are_commands(number, tmp_path, capsys, monkeypatch):
     assert "mesh (data=" in said and "runs/cifar10" in said
 
 
-@pytest.fixture
-def slurm(tmp_path_factory):
-    """A SLURM of this machine alone; returns the environment for its commands."""
-    script = pathlib.Path(__file__).with_name("single_node_slurm.sh")
-    folder = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([script, "start", folder], capture_output=True, text=True)
-    try:
-        if started.returncode:
-            pytest.skip(f"no SLURM here: {started.stdout.strip() or started.stderr.strip()}")
-        yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    finally:
-        subprocess.run([script, "stop", folder])
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_slurm_recipe_on_a_real_slurm(slurm, tmp_path):
