@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import re
 import shlex
+import statistics
 import sys
 import time
 import tomllib
@@ -354,7 +355,11 @@ def _run(
     rows = _results(found, codes)
     write_atomic(out / "results.csv", tables.render(rows, "csv"))
     print()
-    tables.write(rows, "table" if sys.stdout.isatty() else "plain")
+    kind = "table" if sys.stdout.isatty() else "plain"
+    tables.write(rows, kind)
+    if means := _over_seeds(rows, [name for name in found[0].values if name != "seed"]):
+        print()
+        tables.write(means, kind)
     print(f"\n{duration(time.monotonic() - begin)}; table {out / 'results.csv'}")
     bad = [code for code in codes.values() if code not in (ExitCode.DONE, None, ExitCode.PREEMPTED)]
     if stopped or (not bad and any(code != ExitCode.DONE for code in codes.values())):
@@ -387,6 +392,23 @@ def _results(found: Sequence[Cell], codes: Mapping[str, int | None]) -> list[dic
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in cell.values.items()}
         rows.append({"cell": cell.name, **values, **_outcome(seen), "exit_code": codes[cell.name]})
     return rows
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of the loss of cells that are done and differ in the seed alone."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "done" and row["loss"] is not None:
+            groups.setdefault(repr([row[name] for name in axes]), []).append(row)
+    means = []
+    for group in groups.values():
+        losses = [row["loss"] for row in group]
+        std = statistics.stdev(losses) if len(losses) > 1 else None
+        values = {name: group[0][name] for name in axes}
+        means.append(
+            {**values, "seeds": len(losses), "mean loss": statistics.mean(losses), "std": std}
+        )
+    return means if any(row["seeds"] > 1 for row in means) else []
 
 
 def _outcome(seen: Summary | None) -> dict[str, Any]:

@@ -193,6 +193,7 @@ def train(
         def tell() -> None:
             if row := meter.row(step):
                 stats.write(row)
+                row.pop("unix_time_s")
                 everywhere.write([row], group="speed")
 
         step, stretch, busy_s, stopped = first, 1, 0.0, False

@@ -147,6 +147,20 @@ def test_a_cell_is_done_only_if_it_is_the_one_that_is_wanted(tmp_path):
         assert sweep._before(cell) == "running"
 
 
+def test_loss_over_seeds_by_hand():
+    row = lambda lr, seed, loss, status="done": {
+        "optim.lr": lr,
+        "seed": seed,
+        "loss": loss,
+        "status": status,
+    }
+    rows = [row(1, 0, 2.0), row(1, 1, 4.0), row(2, 0, 5.0), row(2, 1, 9.0, "failed")]
+    first, second = sweep._over_seeds(rows, ["optim.lr"])
+    assert first == {"optim.lr": 1, "seeds": 2, "mean loss": 3.0, "std": pytest.approx(2**0.5)}
+    assert second == {"optim.lr": 2, "seeds": 1, "mean loss": 5.0, "std": None}
+    assert sweep._over_seeds(rows[2:], ["optim.lr"]) == []
+
+
 # ---- launching ----------------------------------------------------------------------------------
 
 
