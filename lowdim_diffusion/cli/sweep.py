@@ -395,7 +395,7 @@ def _results(found: Sequence[Cell], codes: Mapping[str, int | None]) -> list[dic
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of the loss of cells that are done and differ in the seed alone."""
+    """Mean and spread of the loss of cells that are done and differ in the seed alone."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["status"] == "done" and row["loss"] is not None:
