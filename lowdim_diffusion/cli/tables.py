@@ -18,8 +18,8 @@ def cell(value: Any) -> str:
     """Return a value as a person reads it.
 
     Examples:
-        >>> cell(216673), cell(0.123456), cell(None), cell([1, 2, 2]), cell(True)
-        ('216,673', '0.1235', '-', '1 2 2', 'true')
+        >>> cell(216673), cell(0.123456), cell(7297.6), cell(None), cell([1, 2, 2]), cell(True)
+        ('216,673', '0.1235', '7,298', '-', '1 2 2', 'true')
     """
     if value is None:
         return "-"
@@ -28,7 +28,7 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= _WIDEST else f"…{text[1 - _WIDEST :]}"
 
