@@ -1,5 +1,6 @@
 """A run read back from its directory, to sample from or to look at; the data are not needed."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -168,7 +169,7 @@ def start(config: RunConfig, parts: build.Parts) -> Start:
     ):
         if a != b:
             notes.append(f"warning: they were trained with {name} {a!r}, here it is {b!r}")
-    return Start(lambda: parts.start(params), about, notes)
+    return Start(functools.partial(parts.start, params), about, notes)
 
 
 def _pretrained(out: pathlib.Path, found: networks.Pretrained) -> LoadedRun:

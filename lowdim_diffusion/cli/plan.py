@@ -68,7 +68,7 @@ def devices(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> dict[str
     count = f"{mesh.size} x {kind}"
     if processes > 1:
         count = f"{processes} processes with {mesh.size // processes} x {kind} each"
-    need = memory(parts, mesh)
+    need, there = memory(parts, mesh), _device_memory()
     whole = state_bytes(jax.eval_shape(parts.init))
     held = f"{bytes_text(need.state)} on every device (parameters, optimizer, moving average)"
     if config.fsdp:
@@ -81,6 +81,11 @@ def devices(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> dict[str
         "memory": f"about {bytes_text(need.total)} per device: state {bytes_text(need.state)}, "
         f"one step {bytes_text(need.step)} (estimate), data {bytes_text(need.data)}",
     }
+    if there is not None and need.total > there:
+        rows["warning"] = (
+            f"a device has {bytes_text(there)}: raise --optim.accumulate (same result), lower "
+            "--train.batch-size, or split the state with --fsdp"
+        )
     if mesh.size > 1:
         rows["each step"] = (
             ("every device gathers the parameters, " if config.fsdp else "every device ")
@@ -92,6 +97,11 @@ def devices(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> dict[str
             )
         )
     return rows
+
+
+def _device_memory() -> int | None:
+    """Return the memory of a device; None if it does not say, as CPUs do not."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def describe(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> str:

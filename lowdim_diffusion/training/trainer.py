@@ -6,6 +6,7 @@ becomes a checkpoint.
 """
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +96,9 @@ def train(
 
     Args:
         run: entered (locked) run directory.
-        init: makes the state before the first step; only its shapes are used on resuming.
+        init: makes the state before the first step; only its shapes are used on resuming. Weights
+            that it starts from are best arguments of a ``functools.partial``: closed over, they
+            would become a part of the program that makes a split state.
         train_step: made with ``axis_name=sharding.AXIS``.
         examples: stateless batches ``(arrays, key, step, index) -> batch``.
         arrays: what they are drawn from; put on every device.
@@ -172,7 +175,7 @@ def train(
         if found is not None:
             state = found.state
         elif split_state:
-            state = jax.jit(init, out_shardings=places)()
+            state = _split_start(init, places)
         else:
             state = replicate(init(), mesh)
         arrays, key = replicate(arrays, mesh), replicate(key, mesh)
@@ -268,6 +271,15 @@ def train(
     status = "done" if step >= num_steps else "stopped"
     found = (speed * batch_size, compile_s, meter.mfu(speed), meter.memory())
     return Outcome(status, state, first, busy_s, *found)
+
+
+def _split_start(init: Callable[[], TrainState], places: TrainState) -> TrainState:
+    """The first state, of which no device makes more than its part."""
+    given: tuple = ()
+    if isinstance(init, functools.partial):
+        given = jax.tree.map(np.asarray, init.args)
+        init = functools.partial(init.func, **init.keywords)
+    return jax.jit(init, out_shardings=places)(*given)
 
 
 def _restore(

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from lowdim_diffusion.cli import main
+from lowdim_diffusion import sharding
+from lowdim_diffusion.cli import build, main, plan
 from lowdim_diffusion.cli.errors import CommandError
 from lowdim_diffusion.cli.launch import environments
+from lowdim_diffusion.cli.parse import parse_run
 from lowdim_diffusion.training import checkpoint
 from lowdim_diffusion.training.rundir import RunDirectory, read_metrics
 
@@ -94,6 +98,22 @@ def test_dry_run_counts_the_devices_of_all_processes(tmp_path, capsys):
     assert "[distributed]" not in said
     assert main([*argv, "--devices", "6"]) == 2
     assert "share 4 to 32 equally" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_memory_estimate_is_near_what_the_compiler_says():
+    parts = build.parts(
+        parse_run(["--model.channels", "16"], prog="", description="", examples="").run
+    )
+    mesh = sharding.data_mesh(1)
+    axis = P(sharding.AXIS)
+    specs = dict(in_specs=(P(), axis, P()), out_specs=P(), check_vma=False)
+    step = jax.jit(jax.shard_map(parts.train_step, mesh=mesh, **specs), donate_argnums=0)
+    batch = jax.eval_shape(lambda: parts.batcher.batch(parts.key, 0))
+    found = step.lower(jax.eval_shape(parts.init), batch, parts.key).compile().memory_analysis()
+    need = plan.memory(parts, mesh)
+    assert need.step == pytest.approx(found.temp_size_in_bytes, rel=0.4)
+    assert need.state == pytest.approx(found.output_size_in_bytes, rel=0.01)
 
 
 # ---- processes ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The trainer resumes bit for bit, stops politely, refuses another run, keeps no bad state."""
 
+import functools
 import gzip
 import json
 import signal
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 from lowdim_diffusion import sharding, training
-from lowdim_diffusion.training import checkpoint, ema
+from lowdim_diffusion.training import checkpoint, ema, trainer
 from lowdim_diffusion.training.rundir import RunDirectory, read_metrics
 
 DATA = jnp.asarray(np.random.default_rng(0).normal(size=(100, 6)), jnp.float32)
@@ -139,6 +140,17 @@ def test_continues_on_another_number_of_devices(tmp_path, devices):
     chex.assert_trees_all_close(
         jax.device_get(whole.state.params), jax.device_get(more.state.params), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_split_state_starts_as_a_whole_one():
+    """Weights that it starts from are given, not written into the program."""
+    weights = {"w": jax.random.normal(jax.random.key(0), (64, 32))}
+    start = functools.partial(training.init_state, optimizer=OPTIMIZER, ema=DECAY)
+    init = functools.partial(start, weights)
+    places = sharding.fsdp(jax.eval_shape(init), sharding.data_mesh(8))
+    state = trainer._split_start(init, places)
+    assert state.opt_state[0].mu["w"].addressable_shards[0].data.shape == (8, 32)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(init()))
 
 
 def test_other_architecture_is_refused(tmp_path):
