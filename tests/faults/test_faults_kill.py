@@ -37,6 +37,13 @@ def killed(run, how, sabotage=()):
     return fp.steps_of(run)
 
 
+def wait_for_step(process, run, step):
+    """Return once that step is on disk, however slow the machine."""
+    while max(checkpoint.all_steps(run / "checkpoints"), default=0) < step:
+        assert process.running
+        time.sleep(0.005)
+
+
 def nothing_lost(steps, before):
     """No way back behind the newest step of before, and the step under it is kept too."""
     newest = max(steps, default=0)
@@ -52,9 +59,10 @@ def test_kill_at_random_instants(long_run, tmp_path, seed):
     draw, newest = random.Random(seed), 0
     for _ in range(10):
 
-        def how(process):
+        def how(process, before=newest):
             process.wait_for("START")
-            time.sleep(draw.uniform(0, 0.4))
+            wait_for_step(process, tmp_path / "run", before + draw.randrange(3))
+            time.sleep(draw.uniform(0, 0.15))
             process.send(signal.SIGKILL)
 
         newest = nothing_lost(killed(tmp_path / "run", how), newest)
@@ -101,9 +109,7 @@ def test_a_killed_peer_costs_no_number(long_run, tmp_path):
     process = fp.command(*words, "--devices", "2")
     process.wait_for("START")
     peers = [pid for pid in fp.children(process) if b"process-id=1" in fp.words_of(pid)]
-    while len(checkpoint.all_steps(run / "checkpoints")) < 2:
-        assert process.running
-        time.sleep(0.01)
+    wait_for_step(process, run, 2)
     os.kill(peers[0], signal.SIGKILL)
     fp.fails_clearly(process.finish(), 76, "process 1 died by SIGKILL")
     assert 0 < max(fp.steps_of(run)) < STEPS
