@@ -43,6 +43,13 @@ __all__ = [
 ]
 
 
+STREAM_BYTES = 2 * 10**9
+"""Data that would take more on every device are read as they are drawn, unless told otherwise."""
+
+STD_EXAMPLES = 1024
+"""So many examples, evenly spread, give the standard deviation of data that are streamed."""
+
+
 class Model(NamedTuple):
     """What a run's parameters mean; enough to sample, without the data."""
 
@@ -56,8 +63,9 @@ class Parts(NamedTuple):
     """All of a run's objects."""
 
     model: Model
-    dataset: data.Dataset
-    batcher: data.Batcher
+    dataset: data.Dataset | data.LazyDataset
+    batcher: data.Batcher | data.Stream
+    """What draws from it; a stream if the data are lazy."""
     init: Callable[[], training.TrainState]
     """Makes the state before the first step."""
     start: Callable[[Params], training.TrainState]
@@ -80,11 +88,10 @@ def parts(config: RunConfig) -> Parts:
     """
     loaded, held_out = _datasets(config.data)
     if config.loss.data_std is None:
-        measured = dataclasses.replace(config.loss, data_std=measured_std(loaded))
+        known = loaded if isinstance(loaded, data.Dataset) else loaded.sample(STD_EXAMPLES)
+        measured = dataclasses.replace(config.loss, data_std=measured_std(known))
         config = dataclasses.replace(config, loss=measured)
-    batcher = data.batches(
-        loaded, config.train.batch_size, shuffle=config.data.shuffle, flip=config.data.flip
-    )
+    batcher = _batcher(config, loaded)
     net = network(config.model, loaded)
     made = schedule(config.schedule)
     optim = optimizer(config.optim, config.train.steps)
@@ -107,6 +114,17 @@ def parts(config: RunConfig) -> Parts:
     return Parts(model, loaded, batcher, init, start, step, optim, key, score)
 
 
+def _batcher(
+    config: RunConfig, loaded: data.Dataset | data.LazyDataset
+) -> data.Batcher | data.Stream:
+    size, options = config.train.batch_size, config.data
+    order: dict[str, Any] = {"shuffle": options.shuffle, "flip": options.flip}
+    if isinstance(loaded, data.Dataset):
+        return data.batches(loaded, size, **order)
+    limit = options.max_unreadable or 100
+    return data.stream(loaded, size, **order, on_error=options.on_error, max_unreadable=limit)
+
+
 def _given(config: Any, *names: str) -> dict[str, Any]:
     """Return those of the named options that are set."""
     values = {name: getattr(config, name) for name in names}
@@ -114,11 +132,15 @@ def _given(config: Any, *names: str) -> dict[str, Any]:
 
 
 def dataset(config: DataConfig) -> data.Dataset:
-    """Return the examples that a run with this config is trained on."""
-    return _datasets(config)[0]
+    """Return the examples that a run with this config is trained on, in memory."""
+    found = _datasets(dataclasses.replace(config, stream="off"))[0]
+    assert isinstance(found, data.Dataset)
+    return found
 
 
-def _datasets(config: DataConfig) -> tuple[data.Dataset, data.Dataset | None]:
+def _datasets(
+    config: DataConfig,
+) -> tuple[data.Dataset | data.LazyDataset, data.Dataset | None]:
     """Return the examples to train on, and those held out if there are any."""
     loaded = _load(config)
     if not config.held_out:
@@ -128,10 +150,11 @@ def _datasets(config: DataConfig) -> tuple[data.Dataset, data.Dataset | None]:
             f"--data.held-out {config.held_out} leaves nothing to train on: {loaded.name} has "
             f"{loaded.num_examples} examples."
         )
-    return loaded.split(loaded.num_examples - config.held_out, seed=config.seed)
+    first, held_out = loaded.split(loaded.num_examples - config.held_out, seed=config.seed)
+    return first, held_out if isinstance(held_out, data.Dataset) else held_out.load()
 
 
-def _load(config: DataConfig) -> data.Dataset:
+def _load(config: DataConfig) -> data.Dataset | data.LazyDataset:
     common: dict[str, Any] = {
         "split": None if config.split == "train" else config.split,
         "size": config.size,
@@ -143,8 +166,16 @@ def _load(config: DataConfig) -> data.Dataset:
         common |= {"seed": config.seed, **_given(config, *names)}
         if config.num_examples is not None:
             common["num_samples"] = config.num_examples
-        return data.load("molrg", **common)
-    return data.load(config.path, num_examples=config.num_examples, seed=config.seed, **common)
+    else:
+        common |= {"num_examples": config.num_examples, "seed": config.seed}
+    always = config.stream == "on"
+    if always or (config.stream == "auto" and config.path not in data.BUILT_IN):
+        lazy = data.load_lazy(config.path, **common)
+        if always or lazy.num_bytes > STREAM_BYTES:
+            return lazy
+        if lazy.held is not None:
+            return lazy.held
+    return data.load(config.path, **common)
 
 
 def measured_std(dataset: data.Dataset) -> float:
@@ -164,7 +195,7 @@ def measured_std(dataset: data.Dataset) -> float:
     return float(f"{std:.4g}")
 
 
-def network(config: ModelConfig, dataset: data.Dataset) -> networks.Network:
+def network(config: ModelConfig, dataset: data.Dataset | data.LazyDataset) -> networks.Network:
     """Return the network for a data set."""
     names = [f.name for f in dataclasses.fields(config) if f.name not in ("name", "conditional")]
     options = _given(config, *names)
@@ -369,7 +400,7 @@ def _known_std(config: LossConfig) -> float:
 
 
 _FREE = {
-    "data": {"path"},
+    "data": {"path", "stream", "on_error", "max_unreadable"},
     "train": {
         "steps",
         "sample_every",
@@ -395,7 +426,10 @@ def fixed(parts: Parts) -> dict[str, Any]:
         "seed": model.config.seed,
         "model": {"name": model.net.name, **model.net.config},
         "schedule": {"name": model.config.schedule.name, **vars(model.schedule)},
-        "data_sha256": parts.dataset.sha256,
+        "data_examples": data.fingerprint(parts.dataset),
+        **(
+            {"data_sha256": parts.dataset.sha256} if isinstance(parts.dataset, data.Dataset) else {}
+        ),
     }
 
 

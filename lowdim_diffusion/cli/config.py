@@ -100,6 +100,14 @@ class DataConfig:
     """Every example once per epoch, independent draws, or in the order of the data."""
     flip: bool = False
     """Mirror images left to right at random."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Read and decode examples as they are drawn ('on'), or hold all of them on every device
+    ('off'); the batches are the same. 'auto': read those that would take more than 2 GB."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """With --data.stream on, at an example that cannot be read: save and stop, or take the next one
+    that can."""
+    max_unreadable: int | None = option(ge=1, on_error="skip")
+    """skip: stop once a process has met more than so many of them; unset: 100."""
     dim: int | None = option(ge=1, path="molrg")
     """molrg: ambient dimension."""
     rank: int | None = option(ge=1, path="molrg")
@@ -441,6 +449,10 @@ def check(config: RunConfig) -> None:
         raise ValueError(
             "--checkpoint.keep-best goes by the loss of examples that are not trained on: set "
             "--data.held-out, 500 for instance"
+        )
+    if config.data.on_error == "skip" and config.data.stream != "on":
+        raise ValueError(
+            "--data.on-error skip is for data that are read as they are drawn: add --data.stream on"
         )
     if config.loss.label_dropout and not config.model.conditional:
         raise ValueError("--loss.label-dropout hides labels, but --model.conditional is off")

@@ -1,5 +1,6 @@
 """A run read back from its directory, to sample from or to look at; the data are not needed."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from lowdim_diffusion.networks.pretrained import PICKLED
 from lowdim_diffusion.networks.weights import is_own
 from lowdim_diffusion.training import checkpoint
 
-__all__ = ["LoadedRun", "Start", "load_run", "start"]
+__all__ = ["LoadedRun", "Start", "continued", "load_run", "start"]
 
 
 class LoadedRun(NamedTuple):
@@ -129,6 +130,22 @@ def _exported(path: pathlib.Path) -> LoadedRun:
     out = path.with_suffix("")
     data = about.get("data_sha256", "")
     return LoadedRun(out, model, about.get("step", 0), params, params, data)
+
+
+def continued(config: RunConfig) -> RunConfig:
+    """Return the config with the standard deviation that the run in ``config.out`` measured.
+
+    It is not measured again: of data that are streamed it is that of a sample, and some of them may
+    not be readable any more.
+    """
+    if config.loss.data_std is not None:
+        return config
+    about = checkpoint.newest_meta(f"{config.out}/checkpoints")
+    try:
+        known = toml.loads(about["config"], source=config.out).loss.data_std
+    except (KeyError, TypeError, ValueError):
+        return config
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, data_std=known))
 
 
 class Start(NamedTuple):

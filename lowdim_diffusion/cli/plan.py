@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from lowdim_diffusion import data
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.build import Parts
 from lowdim_diffusion.sharding import AXIS, fsdp
 
-__all__ = ["Memory", "bytes_text", "describe", "devices", "memory", "state_bytes", "too_large"]
+__all__ = [
+    "Memory",
+    "bytes_text",
+    "describe",
+    "devices",
+    "memory",
+    "reading",
+    "state_bytes",
+    "too_large",
+]
 
 
 class Memory(NamedTuple):
@@ -22,7 +32,7 @@ class Memory(NamedTuple):
     step: int
     """What one step keeps for its backward pass, parameters and gradients with it: an estimate."""
     data: int
-    """The data set: exact."""
+    """The data set, or two chunks of a stream: exact."""
 
     @property
     def total(self) -> int:
@@ -48,16 +58,34 @@ def memory(parts: Parts, mesh: Mesh | AbstractMesh) -> Memory:
     if config.fsdp:
         placed = zip(jax.tree.leaves(shapes), jax.tree.leaves(fsdp(shapes, mesh)), strict=True)
         state = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in placed)
-    size = config.train.batch_size // mesh.size // config.optim.accumulate
+    local = config.train.batch_size // mesh.size
+    size, batcher = local // config.optim.accumulate, parts.batcher
+    if isinstance(batcher, data.Stream):
+        arrays, held = batcher.shapes(size), 2 * state_bytes(batcher.shapes(local))
+    else:
+        arrays, held = batcher.arrays, state_bytes(batcher.arrays)
 
     def saved(params: Any, arrays: Any, key: Any) -> Any:
-        batch = parts.batcher.examples(arrays, key, jnp.int32(0), jnp.arange(size))
+        batch = batcher.examples(arrays, key, jnp.int32(0), jnp.arange(size))
         return jax.vjp(lambda params: parts.train_step.loss(params, batch, key)[0], params)[1]
 
-    step = state_bytes(jax.eval_shape(saved, shapes.params, parts.batcher.arrays, parts.key))
+    step = state_bytes(jax.eval_shape(saved, shapes.params, arrays, parts.key))
     if config.optim.accumulate > 1:
         step += state_bytes(shapes.params)
-    return Memory(state, step, state_bytes(parts.batcher.arrays))
+    return Memory(state, step, held)
+
+
+def reading(parts: Parts, processes: int) -> str | None:
+    """Return in words how data are streamed; None if they lie on the devices whole."""
+    batcher, config = parts.batcher, parts.model.config.data
+    if not isinstance(batcher, data.Stream):
+        return None
+    part = state_bytes(batcher.shapes(batcher.batch_size)) // processes
+    skip = f"left out, up to {batcher.max_unreadable}" if config.on_error == "skip" else "an error"
+    return (
+        f"decoded as they are drawn, {batcher.chunk_steps} steps at a time ({bytes_text(part)} "
+        f"per process: two on the devices, one more in memory); one that cannot be read is {skip}"
+    )
 
 
 def devices(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> dict[str, str]:
@@ -116,8 +144,10 @@ def describe(parts: Parts, mesh: Mesh | AbstractMesh, processes: int) -> str:
     kept += f", every {cadence.keep_every:,}" if cadence.keep_every else ""
     forever = steps // cadence.keep_every if cadence.keep_every else 0
     count = min(saves, cadence.keep + cadence.keep_best + forever)
+    stream = reading(parts, processes)
     rows = {
         "data": parts.dataset.describe(),
+        **({"stream": stream} if stream else {}),
         "data std": f"{config.loss.data_std:g}",
         "network": f"{net.name}, {net.num_params:,} parameters, "
         f"{bytes_text(state_bytes(shapes.params))}",

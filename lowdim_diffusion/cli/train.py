@@ -65,7 +65,7 @@ def run(
     config = dataclasses.replace(config, distributed=DistributedConfig())
     mesh: Any = _planned(config, processes) if dry_run else sharding.data_mesh(config.devices)
     _check_sizes(config, mesh.size)
-    parts = build.parts(config)
+    parts = build.parts(loading.continued(config))
     start = None
     if config.init_from is not None and not checkpoint.all_steps(f"{config.out}/checkpoints"):
         start = loading.start(config, parts)
@@ -133,6 +133,8 @@ def _train(
         for line in [] if start is None else start.notes:
             monitor.note(line)
         monitor.note(parts.dataset.describe())
+        if stream := plan.reading(parts, jax.process_count()):
+            monitor.note(f"stream: {stream}")
         monitor.note(f"{net.name} with {net.num_params:,} parameters")
         for name, text in plan.devices(parts, mesh, jax.process_count()).items():
             monitor.note(f"{name}: {text}")
@@ -158,7 +160,7 @@ def _train(
             parts.init if start is None else start.init,
             parts.train_step,
             parts.batcher.examples,
-            parts.batcher.arrays,
+            parts.batcher if stream else parts.batcher.arrays,
             batch_size=config.train.batch_size,
             num_steps=config.train.steps,
             key=parts.key,

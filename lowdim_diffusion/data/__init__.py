@@ -4,6 +4,9 @@ A :class:`Dataset` holds its examples in memory, ``x_0`` in ``[N, *data]``. A ba
 function of ``(arrays, key, step)``, so there is no iterator to save: resuming at step ``s`` draws
 what the uninterrupted run would have drawn, and every device draws its own part of the same batch.
 
+A :class:`LazyDataset` is read as its examples are drawn, by a :class:`Stream` of the same batches,
+which decodes ahead of the training: for data that do not fit.
+
 8-bit pictures are scaled to [-1, 1] by ``x / 127.5 - 1`` as they are drawn; vectors are kept as
 they are.
 
@@ -20,19 +23,30 @@ from lowdim_diffusion.data._dataset import (
     from_arrays,
     to_uint8,
 )
-from lowdim_diffusion.data._load import BUILT_IN, load
+from lowdim_diffusion.data._lazy import LazyDataset, RandomAccess, fingerprint, from_source
+from lowdim_diffusion.data._load import BUILT_IN, load, load_lazy
+from lowdim_diffusion.data._stream import Chunk, Feed, Stream, stream
 from lowdim_diffusion.data._synthetic import digits, molrg
 
 __all__ = [
     "BUILT_IN",
     "Batcher",
+    "Chunk",
     "DataError",
     "Dataset",
+    "Feed",
+    "LazyDataset",
+    "RandomAccess",
+    "Stream",
     "batches",
     "denormalize",
     "digits",
+    "fingerprint",
     "from_arrays",
+    "from_source",
     "load",
+    "load_lazy",
     "molrg",
+    "stream",
     "to_uint8",
 ]

@@ -105,8 +105,34 @@ def load_mat(path: Path, *, split: str | None, name: str, max_bytes: int | None 
     return from_arrays(x, labels, name=name, source=str(path), class_names=names)
 
 
+def map_npy(path: Path) -> np.ndarray:
+    """Return the array in a ``.npy`` file without reading it: it is mapped into memory."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        shape, fortran, dtype = _npy_header(path, file, size, size)
+        start = file.tell()
+    order = "F" if fortran else "C"
+    return np.memmap(path, dtype, "r", start, shape, order) if math.prod(shape) else np.empty(shape)
+
+
 def _read_npy(where: Any, file: Any, size: int, limit: int) -> np.ndarray:
     """Return the array in an open ``.npy`` stream of ``size`` bytes, its header checked first."""
+    shape, fortran, dtype = _npy_header(where, file, size, limit)
+    count = math.prod(shape) * dtype.itemsize
+    array, done = np.empty(count, np.uint8), 0
+    while done < count:
+        block = file.read(min(count - done, 2**20))
+        if not block:
+            raise data_error(where, "truncated", f"{count} bytes", done, "fetch it again")
+        array[done : done + len(block)] = np.frombuffer(block, np.uint8)
+        done += len(block)
+    return array.view(dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _npy_header(
+    where: Any, file: Any, size: int, limit: int
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, whether columns come first, and dtype: of plain numbers, ``size`` bytes."""
     try:
         version = np.lib.format.read_magic(file)
         read = {
@@ -131,14 +157,7 @@ def _read_npy(where: Any, file: Any, size: int, limit: int) -> np.ndarray:
         raise data_error(
             where, "truncated or damaged", f"{count} bytes for shape {list(shape)}", got
         )
-    array, done = np.empty(count, np.uint8), 0
-    while done < count:
-        block = file.read(min(count - done, 2**20))
-        if not block:
-            raise data_error(where, "truncated", f"{count} bytes", done, "fetch it again")
-        array[done : done + len(block)] = np.frombuffer(block, np.uint8)
-        done += len(block)
-    return array.view(dtype).reshape(shape, order="F" if fortran else "C")
+    return shape, fortran, dtype
 
 
 def _choose_keys(path: Path, keys: list[str], split: str | None) -> tuple[str, str | None]:

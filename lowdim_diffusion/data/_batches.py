@@ -84,29 +84,37 @@ class Batcher:
             ``index``, its place in the batch: losses fold their keys with that, so an example
             drawn twice gets two noises.
         """
-        # Two words of any kind of key make a threefry key, which draws the same everywhere.
-        words = jax.random.key_data(key).reshape(-1)[:2]
-        at_step = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), step)
+        rows = self.rows(key, step, index)
+        if "subset" in arrays:
+            rows = _rows(arrays["subset"], rows)
+        label = _rows(arrays["labels"], rows) if "labels" in arrays else None
+        return self.finish(key, step, index, rows, _rows(arrays["images"], rows), label)
+
+    def rows(self, key: Any, step: Any, index: Int[Array, " m"]) -> Int[Array, " m"]:
+        """Return which examples, of the subset if there is one, are drawn at these places."""
         index, count = index.astype(jnp.int32), self.num_examples
         if self.shuffle == "replacement":
             # Drawn for the whole batch, then picked: the same on every device.
-            rows = jax.random.randint(at_step, (self.batch_size,), 0, count, jnp.int32)[index]
-        else:
-            epoch, start = _divmod_product(step, self.batch_size, count)
-            later, rows = jnp.divmod(start + index, jnp.int32(count))
-            if self.shuffle == "epoch":
-                span = (count + self.batch_size - 2) // count + 1
-                rows = _permute(words, epoch, later, rows, count, span)
-        if "subset" in arrays:
-            rows = _rows(arrays["subset"], rows)
-        x = _rows(arrays["images"], rows)
+            at_step = _key_of(key, step)
+            return jax.random.randint(at_step, (self.batch_size,), 0, count, jnp.int32)[index]
+        epoch, start = _divmod_product(step, self.batch_size, count)
+        later, rows = jnp.divmod(start + index, jnp.int32(count))
+        if self.shuffle == "epoch":
+            span = (count + self.batch_size - 2) // count + 1
+            rows = _permute(_words(key), epoch, later, rows, count, span)
+        return rows
+
+    def finish(
+        self, key: Any, step: Any, index: Int[Array, " m"], rows: Array, x: Array, label: Any
+    ) -> Batch:
+        """Return the batch of examples as they are stored: scaled and mirrored."""
         x = _from_uint8(x) if x.dtype == jnp.uint8 else x
         if self.flip:
-            at_step = jax.random.fold_in(at_step, 1)
+            at_step = jax.random.fold_in(_key_of(key, step), 1)
             mirror = (jax.random.bits(at_step, (self.batch_size,), jnp.uint32) >> 31)[index] == 1
             x = jnp.where(mirror[:, None, None, None], x[:, :, ::-1, :], x)
-        label = {"label": _rows(arrays["labels"], rows)} if "labels" in arrays else {}
-        return {"x": x, **label, "row": rows, "index": index}
+        labels = {} if label is None else {"label": label}
+        return {"x": x, **labels, "row": rows, "index": index.astype(jnp.int32)}
 
 
 def batches(
@@ -140,10 +148,7 @@ def batches(
         >>> batch["x"].shape, batch["label"].dtype.name
         ((32, 8, 8, 1), 'int32')
     """
-    check_int("batches", "batch_size", batch_size)
-    check_choice("batches", "shuffle", shuffle, ("epoch", "replacement", "none"))
-    if flip and not dataset.is_image:
-        raise fail("batches", "flip needs pictures", "data of shape (h, w, c)", dataset.data_shape)
+    check_order("batches", dataset, batch_size, shuffle, flip)
     arrays: dict[str, Any] = {"images": dataset.images}
     if dataset.labels is not None:
         arrays["labels"] = dataset.labels
@@ -161,9 +166,26 @@ def batches(
             raise fail("batches", "subset out of range", f"0 to {count - 1}", got)
         arrays["subset"] = rows.astype(np.int32)
         count = len(rows)
-    if max(count, batch_size) > LIMIT:
-        raise fail("batches", "too many examples", f"at most {LIMIT}", max(count, batch_size))
     return Batcher(arrays, int(batch_size), count, shuffle, flip)
+
+
+def check_order(where: str, dataset: Any, batch_size: int, shuffle: str, flip: bool) -> None:
+    """Raise unless batches can be drawn from a data set in this way."""
+    check_int(where, "batch_size", batch_size)
+    check_choice(where, "shuffle", shuffle, ("epoch", "replacement", "none"))
+    if flip and not dataset.is_image:
+        raise fail(where, "flip needs pictures", "data of shape (h, w, c)", dataset.data_shape)
+    if (count := max(dataset.num_examples, batch_size)) > LIMIT:
+        raise fail(where, "too many examples", f"at most {LIMIT}", count)
+
+
+def _words(key: Any) -> Array:
+    """Return two words of any kind of key; as a threefry key they draw the same everywhere."""
+    return jax.random.key_data(key).reshape(-1)[:2]
+
+
+def _key_of(key: Any, step: Any) -> Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(_words(key), impl="threefry2x32"), step)
 
 
 def _rows(array: Any, rows: Array) -> Array:

@@ -165,9 +165,9 @@ class Tar:
         self.path, self.members = path, []
         self.limit = byte_limit(path.stat().st_size, max_bytes)
         with open(path, "rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
+            self.packed = file.read(2) == b"\x1f\x8b"
         with contextlib.ExitStack() as on_failure:
-            opened = gzip.open(path) if packed else open(path, "rb")
+            opened = gzip.open(path) if self.packed else open(path, "rb")
             self._file = on_failure.enter_context(opened)
             self._list()
             on_failure.pop_all()

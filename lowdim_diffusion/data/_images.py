@@ -4,7 +4,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,15 +28,15 @@ def is_image_name(name: str) -> bool:
     return not hidden and parts[-1].lower().rpartition(".")[2] in _SUFFIXES
 
 
-def load_images(
-    source: Source,
-    *,
-    split: str | None,
-    select: Select,
-    size: tuple[int, int] | None,
-    channels: int | None,
-    name: str,
-) -> Dataset:
+class Listed(NamedTuple):
+    """The pictures of a source that are asked for."""
+
+    members: list[Member]
+    labels: np.ndarray | None
+    class_names: tuple[str, ...] | None
+
+
+def list_images(source: Source, *, split: str | None, select: Select) -> Listed:
     """Return the pictures of a source in natural order of their names, labelled by class folder.
 
     Folders that hold everything else are stepped over. If the next level is ``train``, ``test``,
@@ -59,6 +59,20 @@ def load_images(
     if rows is not None:
         members = [members[i] for i in rows]
         labels = None if labels is None else labels[rows]
+    return Listed(members, labels, names)
+
+
+def load_images(
+    source: Source,
+    *,
+    split: str | None,
+    select: Select,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    name: str,
+) -> Dataset:
+    """Return the pictures that :func:`list_images` finds, decoded."""
+    members, labels, names = list_images(source, split=split, select=select)
     pictures = _decode_all(source, members, size, channels)
     return from_arrays(pictures, labels, name=name, source=str(source.path), class_names=names)
 
@@ -116,7 +130,7 @@ def _decode_all(
     first = ""
     for member in stored:
         where = f"{source.path}: {member.name}"
-        picture = _decode(where, source.read(member), size, channels)
+        picture = decode(where, source.read(member), size, channels)
         if out is None:
             first, shape = member.name, picture.shape
             check_bytes(
@@ -150,7 +164,7 @@ def _pillow(where: Any) -> Any:
     return Image
 
 
-def _decode(
+def decode(
     where: Any, content: bytes, size: tuple[int, int] | None, channels: int | None
 ) -> np.ndarray:
     """Return one picture as uint8 ``[h, w, c]``, upright; transparency is dropped."""

@@ -30,15 +30,24 @@ from lowdim_diffusion.data._images import (
     Select,
     convert_pictures,
     is_image_name,
+    list_images,
     load_images,
 )
+from lowdim_diffusion.data._lazy import (
+    LazyDataset,
+    Pictures,
+    from_source,
+    lazy_arrays,
+    lazy_npy,
+)
+from lowdim_diffusion.data._records import array_records, choose_records, is_array_record
 from lowdim_diffusion.data._synthetic import digits, molrg
 
 BUILT_IN: dict[str, Callable[..., Dataset]] = {"digits": digits, "molrg": molrg}
 """Data sets that need no file."""
 
 _ARCHIVES = ("npz", "npy", "mat", "zip", "tar", "gz", "tgz")
-_KNOWN = "a folder, zip or tar of pictures, IDX, CIFAR, .npz, .npy or .mat (v5)"
+_KNOWN = "a folder, zip or tar of pictures, IDX, CIFAR, .npz, .npy, .mat (v5) or .array_record"
 
 
 def load(
@@ -61,6 +70,7 @@ def load(
     - CIFAR-10 and -100, python or binary version: the archive, its folder, or one batch;
     - pictures (png, jpg, pgm, bmp, gif, tif, webp) in a folder, zip or tar[.gz], class folders
       giving labels;
+    - ``.array_record`` files of pictures, see :func:`load_lazy`;
     - ``.npz`` with arrays x or images or data, and y or labels; ``.npy``; ``.mat`` with ``fea`` and
       ``gnd``;
     - a folder with exactly one file of these kinds.
@@ -88,6 +98,72 @@ def load(
         >>> data.load("digits", classes=[0, 1], num_examples=100, seed=0).num_examples
         100
     """
+    found, where = _read(
+        path_or_name, False, split, classes, num_examples, seed, size, channels, max_bytes, options
+    )
+    assert isinstance(found, Dataset)
+    shape = _check_size(size)
+    return found if shape is None and channels is None else _reshaped(where, found, shape, channels)
+
+
+def load_lazy(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    classes: Sequence[int | str] | None = None,
+    num_examples: int | None = None,
+    seed: int | None = None,
+    size: int | Sequence[int] | None = None,
+    channels: int | None = None,
+    **options: Any,
+) -> LazyDataset:
+    """Return the data set that :func:`load` returns, read only as far as it is asked for.
+
+    Pictures in a folder, a zip or a plain tar are listed and stay where they are; a ``.npy`` file
+    is mapped into memory; of ``.array_record`` files (grain's and tfds's, extra ``grain``) records
+    are read one by one, see below. All else, a gzipped tar too, is read into the host's memory.
+
+    A record is one file of a picture, without a label, or a ``tf.train.Example`` with a picture in
+    ``image`` or ``image/encoded`` and perhaps a number in ``label`` or ``image/class/label``;
+    labels are looked through once at the start.
+
+    Args:
+        path: file, folder or built-in name.
+        split: see :func:`load`, like all that follow.
+        classes: keep only these.
+        num_examples: keep so many.
+        seed: chooses them.
+        size: side, or (height, width).
+        channels: 1 or 3.
+        **options: for ``"molrg"``.
+
+    Raises:
+        DataError: as :func:`load`; a damaged picture is an error only once it is asked for.
+    """
+    found, where = _read(
+        path, True, split, classes, num_examples, seed, size, channels, None, options
+    )
+    if isinstance(found, LazyDataset):
+        return found
+    shape = _check_size(size)
+    if shape is not None or channels is not None:
+        found = _reshaped(where, found, shape, channels)
+    return lazy_arrays(found)
+
+
+def _read(
+    path_or_name: str | os.PathLike[str],
+    lazy: bool,
+    split: str | None,
+    classes: Sequence[int | str] | None,
+    num_examples: int | None,
+    seed: int | None,
+    size: Any,
+    channels: int | None,
+    max_bytes: int | None,
+    options: dict[str, Any],
+) -> tuple[Dataset | LazyDataset, Any]:
+    """Return what is asked for, and where it is; lazy only if that is possible."""
     text = os.fspath(path_or_name)
     if num_examples is not None:
         check_int("load", "num_examples", num_examples)
@@ -106,7 +182,7 @@ def load(
             raise data_error(text, "unknown options", "none for a file", ", ".join(options))
         where = _existing(text)
         try:
-            reader = _Reader(where, split, select, shape, channels, max_bytes)
+            reader = _Reader(where, lazy, split, select, shape, channels, max_bytes)
             dataset, selected = reader.read()
         except DataError:
             raise
@@ -115,9 +191,7 @@ def load(
     if not selected:
         rows = select(dataset.labels, dataset.class_names, dataset.num_examples)
         dataset = dataset if rows is None else dataset.take(rows)
-    if shape is None and channels is None:
-        return dataset
-    return _reshaped(where, dataset, shape, channels)
+    return dataset, where
 
 
 class _Reader:
@@ -126,23 +200,24 @@ class _Reader:
     def __init__(
         self,
         path: Path,
+        lazy: bool,
         split: str | None,
         select: Select,
         size: tuple[int, int] | None,
         channels: int | None,
         max_bytes: int | None,
     ) -> None:
-        self.path, self.split, self.select = path, split, select
+        self.path, self.lazy, self.split, self.select = path, lazy, split, select
         self.size, self.channels, self.max_bytes = size, channels, max_bytes
         self.name = (
             re.sub(r"(\.tar)?\.\w+$", "", path.name) if path.is_file() else path.resolve().name
         )
 
-    def read(self) -> tuple[Dataset, bool]:
+    def read(self) -> tuple[Dataset | LazyDataset, bool]:
         """Return the data set, and whether ``select`` has been applied already."""
         return self._folder() if self.path.is_dir() else self._file()
 
-    def _folder(self) -> tuple[Dataset, bool]:
+    def _folder(self) -> tuple[Dataset | LazyDataset, bool]:
         sets = find_idx(self.path)
         if sets:
             wanted = self.split or "train"
@@ -151,6 +226,8 @@ class _Reader:
                 raise data_error(self.path, "no such split", " or ".join(sets), got)
             return load_idx(sets[wanted], name=self.name, max_bytes=self.max_bytes), False
         source = open_source(self.path, self.max_bytes)
+        if records := [m.handle for m in source.members if is_array_record(m.name)]:
+            return self._records(sorted(records)), False
         if cifar_version(source) is None and not any(is_image_name(m.name) for m in source.members):
             files = [m for m in source.members if m.name.lower().rpartition(".")[2] in _ARCHIVES]
             if len(files) == 1:
@@ -161,8 +238,10 @@ class _Reader:
                 raise data_error(self.path, "several data files", "one", got, "give one of them")
         return self._members(source)
 
-    def _file(self) -> tuple[Dataset, bool]:
+    def _file(self) -> tuple[Dataset | LazyDataset, bool]:
         path, limit = self.path, self.max_bytes
+        if is_array_record(path.name):
+            return self._records([path]), False
         if path.stat().st_size == 0:
             raise data_error(path, "empty file", _KNOWN)
         with open(path, "rb") as file:
@@ -172,6 +251,9 @@ class _Reader:
                 head = file.read(512)
         if head.startswith(b"\x93NUMPY"):
             self._no_split()
+            if self.lazy:
+                options: Any = {"name": self.name, "size": self.size, "channels": self.channels}
+                return lazy_npy(path, **options), False
             return load_npy(path, name=self.name, max_bytes=limit), False
         if head.startswith(b"MATLAB 5.0"):
             return load_mat(path, split=self.split, name=self.name, max_bytes=limit), False
@@ -189,7 +271,22 @@ class _Reader:
             return self._members(_Single(path, limit))
         raise data_error(path, "unknown kind of file", _KNOWN, _looks_like(head), _advice(head))
 
-    def _members(self, source: Source) -> tuple[Dataset, bool]:
+    def _records(self, paths: list[Path]) -> Dataset | LazyDataset:
+        chosen = choose_records(self.path, paths, self.split)
+        options: Any = {"name": self.name, "size": self.size, "channels": self.channels}
+        found = array_records(self.path, chosen, **options)
+        if self.lazy:
+            return found
+        return found.load(byte_limit(sum(p.stat().st_size for p in chosen), self.max_bytes))
+
+    def _members(self, source: Source) -> tuple[Dataset | LazyDataset, bool]:
+        at_random = not getattr(source, "packed", False)
+        if self.lazy and at_random and cifar_version(source) is None:
+            listed = list_images(source, split=self.split, select=self.select)
+            pictures = Pictures(source, listed, self.size, self.channels)
+            options: Any = {"name": self.name, "where": str(source.path)}
+            options["class_names"] = listed.class_names
+            return from_source(pictures, listed.labels, **options), True
         with contextlib.closing(source):
             if cifar_version(source) is not None:
                 return load_cifar(source, split=self.split, name=self.name), False
@@ -203,7 +300,7 @@ class _Reader:
             )
             return dataset, True
 
-    def _zip(self) -> tuple[Dataset, bool]:
+    def _zip(self) -> tuple[Dataset | LazyDataset, bool]:
         with zipfile.ZipFile(self.path) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
         if names and all(name.endswith(".npy") for name in names):

@@ -368,15 +368,21 @@ class _These(NamedTuple):
 
 def scores(root: str | os.PathLike) -> dict[int, float | None]:
     """Return the score of each step, None where it has none or its ``meta`` is damaged."""
-    found: dict[int, float | None] = {}
-    for step in all_steps(root):
-        try:
-            with _quiet():
-                inside = pathlib.Path(root).absolute() / str(step) / "meta"
-                found[step] = _unseal(_read_json(inside), step, "meta").get("score")
-        except Exception:  # Orbax and JSON fail in many ways; a restore would say how
-            found[step] = None
-    return found
+    return {step: _meta(root, step).get("score") for step in all_steps(root)}
+
+
+def newest_meta(root: str | os.PathLike) -> dict[str, Any]:
+    """Return what was stored beside the newest step whose ``meta`` is sound; empty if none is."""
+    return next((found for step in all_steps(root)[::-1] if (found := _meta(root, step))), {})
+
+
+def _meta(root: str | os.PathLike, step: int) -> dict[str, Any]:
+    try:
+        with _quiet():
+            inside = pathlib.Path(root).absolute() / str(step) / "meta"
+            return _unseal(_read_json(inside), step, "meta")
+    except Exception:  # Orbax and JSON fail in many ways; a restore would say how
+        return {}
 
 
 def best(root: str | os.PathLike) -> int | None:

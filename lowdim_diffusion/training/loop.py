@@ -75,7 +75,8 @@ def compile_loop(
         batch_size: global batch size, a multiple of the number of devices.
         mesh: one-axis mesh.
         state: state to compile for, on the mesh (arrays or ``ShapeDtypeStruct``).
-        arrays: the data that ``examples`` reads, replicated on the mesh.
+        arrays: the data that ``examples`` reads, on the mesh (arrays or ``ShapeDtypeStruct``). It
+            gets those that are replicated whole, of those that are split the device's part.
         max_steps: longest stretch.
     """
     check_batch(batch_size, mesh.size)
@@ -83,6 +84,8 @@ def compile_loop(
 
     whole, split = PartitionSpec(), split_over_data(mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding or replicated(mesh), state)
+    spec_of = lambda leaf: getattr(getattr(leaf, "sharding", None), "spec", whole)
+    given = jax.tree.map(spec_of, arrays)
     is_split = not all(place.is_fully_replicated for place in jax.tree.leaves(places))
 
     # Not checked: "varying" bookkeeping of jax does not see through user-written losses.
@@ -101,7 +104,8 @@ def compile_loop(
             batch = examples(arrays, data_key, step, local_index(local_size, AXIS))
             return train_step.gradients(params, batch, jax.random.fold_in(loss_key, step), specs)
 
-        mapped = over_devices(gradients, (specs, *[whole] * 4), (specs, whole))
+        into = (specs, whole, given, whole, whole)
+        mapped = over_devices(gradients, into, (specs, whole))
         moved = mapped(state.params, state.step, arrays, data_key, loss_key)
         state, metrics = train_step.update(state, *moved)
         return jax.lax.with_sharding_constraint(state, places), metrics
@@ -132,7 +136,7 @@ def compile_loop(
         done, state, log, ok = jax.lax.while_loop(more, body, start)
         return state, done, log, ok
 
-    mapped = run if is_split else over_devices(run)
+    mapped = run if is_split else over_devices(run, (whole, given, whole, whole))
 
     def agreed(state: TrainState, arrays: PyTree, key: PRNGKey, asked: Array):
         return mapped(state, arrays, key, jnp.min(asked))
@@ -154,8 +158,15 @@ def compile_loop(
     return Loop(loop, count_flops(traced.jaxpr))
 
 
-def batch_of(examples: Examples, batch_size: int, arrays: PyTree, key: PRNGKey, step: int) -> Batch:
+def batch_of(
+    examples: Examples, batch_size: int, mesh: Mesh, arrays: PyTree, key: PRNGKey, step: int
+) -> Batch:
     """Return the whole batch that the loop draws after ``step`` updates, to look at it."""
-    data_key, _ = jax.random.split(key)
     index = np.arange(batch_size, dtype=np.int32)
-    return jax.jit(examples)(arrays, data_key, step, index)
+    draw = jax.jit(examples, out_shardings=replicated(mesh))
+    return draw(arrays, data_key(key), step, index)
+
+
+def data_key(key: PRNGKey) -> PRNGKey:
+    """Return the key that the loop draws its batches with."""
+    return jax.random.split(key)[0]

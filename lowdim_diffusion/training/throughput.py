@@ -170,12 +170,17 @@ class Meter:
             if flops and None not in peaks.values()
             else None
         )
-        self._steps, self._busy_s, self._begin = 0, 0.0, time.monotonic()
+        self._reset()
 
-    def add(self, num_steps: int, busy_s: float) -> None:
-        """Count a stretch of steps."""
+    def _reset(self) -> None:
+        self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0
+        self._begin = time.monotonic()
+
+    def add(self, num_steps: int, busy_s: float, waited_s: float = 0.0) -> None:
+        """Count a stretch of steps, and how much of its time was waiting for data."""
         self._steps += num_steps
         self._busy_s += busy_s
+        self._waited_s += waited_s
 
     def mfu(self, steps_per_s: float) -> float | None:
         """Return the utilisation at a speed, in [0, 1]; None on devices without a known peak."""
@@ -194,7 +199,8 @@ class Meter:
         """Return a row of what was counted since the last one, and begin anew; None if nothing was.
 
         ``other_share`` is the share of the time that went into anything but steps: checkpoints,
-        samples, logging, profiles. What is not known is left out.
+        samples, logging, profiles. ``data_wait_share``, of data that are streamed, is the share
+        that steps waited for theirs. What is not known is left out.
         """
         if not self._steps:
             return None
@@ -206,11 +212,12 @@ class Meter:
             "images_per_s": rate * self._batch_size,
             "step_time_s": 1 / rate,
             "other_share": 1 - self._busy_s / elapsed if elapsed else 0.0,
+            "data_wait_share": self._waited_s / elapsed if self._waited_s else None,
             "flops_per_s": rate * self._flops or None,
             "mfu": self.mfu(rate),
             "peak_memory_bytes": self.memory(),
         }
-        self._steps, self._busy_s, self._begin = 0, 0.0, time.monotonic()
+        self._reset()
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from lowdim_diffusion._checks import check_int
 from lowdim_diffusion._types import Params, PRNGKey, PyTree
+from lowdim_diffusion.data import Chunk, Stream
 from lowdim_diffusion.sharding import fsdp, replicate, replicated
 from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError, Restored
 from lowdim_diffusion.training.guards import diagnose, guarded
-from lowdim_diffusion.training.loop import Examples, Stretch, batch_of, compile_loop
+from lowdim_diffusion.training.loop import Examples, Stretch, batch_of, compile_loop, data_key
 from lowdim_diffusion.training.preemption import StopSignal
 from lowdim_diffusion.training.progress import Monitor, Report
 from lowdim_diffusion.training.rundir import RunDirectory, differences, filled
@@ -101,7 +102,8 @@ def train(
             would become a part of the program that makes a split state.
         train_step: made with ``axis_name=sharding.AXIS``.
         examples: stateless batches ``(arrays, key, step, index) -> batch``.
-        arrays: what they are drawn from; put on every device.
+        arrays: what they are drawn from; put on every device. Or a :class:`.data.Stream`, whose
+            ``examples`` these are: then they are read and sent there as they are drawn.
         batch_size: global batch size.
         num_steps: total number of updates; a larger number than last time trains on.
         key: decides batches and noise, together with the step.
@@ -139,6 +141,8 @@ def train(
         IncompatibleStateError: the checkpoint is of another model, optimizer, data set or seed.
         NoUsableCheckpointError: there are checkpoints, and none is sound.
         CheckpointError: a checkpoint could not be written.
+        DataError: a step needs an example of a stream that cannot be read; the steps before it are
+            saved first.
     """
     for name, value in (("num_steps", num_steps), ("checkpoint_every", checkpoint_every)):
         check_int("train", name, value)
@@ -152,12 +156,16 @@ def train(
     )
     note = monitor.note if monitor else lambda text: None
     policy: Any = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
-    with StopSignal() as stop, Checkpointer(run.checkpoints_path, **policy) as checkpointer:
+    with (
+        StopSignal() as stop,
+        Checkpointer(run.checkpoints_path, **policy) as checkpointer,
+        contextlib.ExitStack() as on_exit,
+    ):
         found = _restore(checkpointer, shapes, reset_optimizer)
         first = 0 if found is None else found.step
         if found is not None:
             recorded = filled(found.meta.get("fixed", {}), assumed or {})
-            changed = differences(recorded, fixed)
+            changed = _changes(recorded, fixed)
             if reset_optimizer is not None:
                 changed = [line for line in changed if not line.startswith("optim.")]
             if changed:
@@ -178,9 +186,14 @@ def train(
             state = _split_start(init, places)
         else:
             state = replicate(init(), mesh)
-        arrays, key = replicate(arrays, mesh), replicate(key, mesh)
+        if isinstance(arrays, Stream):
+            feed = arrays.feed(mesh, data_key(key), first, num_steps)
+        else:
+            feed = _Held(replicate(arrays, mesh), num_steps)
+        on_exit.callback(feed.close)
+        key = replicate(key, mesh)
         begin = time.monotonic()
-        loop = compile_loop(train_step, examples, batch_size, mesh, state, arrays)
+        loop = compile_loop(train_step, examples, batch_size, mesh, state, feed.shapes)
         compile_s = time.monotonic() - begin
         # Nothing is written before the step is known to compile.
         if changed := run.record_versions():
@@ -195,6 +208,7 @@ def train(
 
         def tell() -> None:
             if row := meter.row(step):
+                row |= {"unreadable": len(feed.unreadable)} if feed.unreadable else {}
                 stats.write(row)
                 row.pop("unix_time_s")
                 everywhere.write([row], group="speed")
@@ -213,22 +227,26 @@ def train(
             try:
                 while step < num_steps:
                     goal = _next_stop(step, num_steps, checkpoint_every, sample_every)
+                    begin = time.monotonic()
+                    chunk = feed(step)
+                    waited, goal = time.monotonic() - begin, min(goal, chunk.end)
                     tracing = profile and step - first >= PROFILE_AFTER
                     count = min(PROFILE_STEPS if tracing else stretch, goal - step)
                     if stop.requested:
                         count = 0
                     with profiled(run, note) if tracing else contextlib.nullcontext():
-                        begin = time.monotonic()
-                        out = loop(state, arrays, key, count)
+                        out = loop(state, chunk.arrays, key, count)
                         spent = time.monotonic() - begin
-                    stopped = out.num_steps == 0  # this process or another one was told to stop
+                    # This process or another one was told to stop, or has no data to go on with.
+                    stopped = out.num_steps == 0
                     if stopped:
                         state = out.state
                         break
                     if tracing:
                         profile = False
                     else:
-                        meter.add(out.num_steps, spent)
+                        streamed = isinstance(arrays, Stream)
+                        meter.add(out.num_steps, spent, waited if streamed else 0.0)
                     state, step, busy_s = out.state, step + out.num_steps, busy_s + spent
                     due = out.ok and (step % checkpoint_every == 0 or step == num_steps)
                     score = float(score_fn(state)) if due and score_fn else None
@@ -239,7 +257,7 @@ def train(
                         log.write(row)
                     everywhere.write(rows)
                     if not out.ok:
-                        batch = batch_of(examples, batch_size, arrays, key, step - 1)
+                        batch = batch_of(examples, batch_size, mesh, chunk.arrays, key, step - 1)
                         raise _stopped(run, out, step, batch)
                     if (skips := int(state.guard.skipped)) > skipped:
                         skipped = skips
@@ -258,12 +276,16 @@ def train(
                         sample_fn(step, state)
                     if meter.due:
                         tell()
+                broken = chunk.error if stopped and step == chunk.end else None
                 if stopped:
                     cause = f"{stop.name} received" if stop.requested else "another process stops"
+                    cause = "data that cannot be read" if broken else cause
                     note(f"{cause}: saving step {step}")
                 tell()
                 save(step)
                 checkpointer.wait()
+                if broken is not None:
+                    raise broken
             finally:
                 if monitor:
                     monitor.close()
@@ -280,6 +302,37 @@ def _split_start(init: Callable[[], TrainState], places: TrainState) -> TrainSta
         given = jax.tree.map(np.asarray, init.args)
         init = functools.partial(init.func, **init.keywords)
     return jax.jit(init, out_shardings=places)(*given)
+
+
+class _Held:
+    """Data that lie on the devices whole: one chunk for all steps."""
+
+    def __init__(self, arrays: PyTree, num_steps: int):
+        self.shapes, self.unreadable = arrays, ()
+        self._chunk = Chunk(arrays, num_steps)
+
+    def __call__(self, step: int) -> Chunk:
+        return self._chunk
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return what differs between a run's fixed values and those of now.
+
+    ``data_sha256``, which data that are streamed do not have, and every entry of ``data_examples``
+    count only where both know them; one line is enough for the examples.
+    """
+    found, told = [], False
+    for line in differences(old, new):
+        about_data, examples = line.startswith("data_"), line.startswith("data_examples.")
+        if about_data and (": absent -> " in line or line.endswith(" -> absent")):
+            continue
+        if not (examples and told):
+            found.append(line)
+        told |= examples
+    return found
 
 
 def _restore(
