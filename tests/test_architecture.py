@@ -44,6 +44,8 @@ HEAVY = {
     "tensorboardX": {"training/sinks.py"},
     "wandb": {"training/sinks.py"},
     "submitit": {"cli"},
+    "grain": set(),
+    "array_record": {"data"},
 }
 
 

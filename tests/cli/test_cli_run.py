@@ -180,6 +180,37 @@ def test_dry_run_of_the_paper_size_makes_no_arrays(tmp_path, capsys):
     assert re.search(r"200,000,000 images|199,\d{3},\d{3} images", said)
 
 
+def test_data_that_would_not_fit_are_streamed(tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "x.npy", np.arange(40 * 64, dtype=np.uint8).reshape(40, 8, 8, 1))
+    argv = ["train", "--dry-run", "--data.path", str(tmp_path / "x.npy"), "--model.name", "linear"]
+    assert main([*argv, "--devices", "2"]) == 0
+    assert "stream" not in capsys.readouterr().out.split("# data")[1]
+    monkeypatch.setattr(build, "STREAM_BYTES", 40 * 64 - 1)
+    assert main([*argv, "--devices", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "40 images 8x8x1, uint8, no labels, read lazily" in said
+    # 2^14 examples in 128 steps, 64 bytes and a number each.
+    assert "128 steps at a time (1.11 MB per process" in said
+    assert "data 1.11 MB" in said  # half of each of two chunks on each of two devices
+    assert main([*argv, "--data.on-error", "skip"]) == 2
+    assert "add --data.stream on" in capsys.readouterr().err
+
+
+def test_a_streamed_run_is_continued_either_way(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8))
+    argv = ["train", "--data.path", str(tmp_path / "x.npy"), "--model.name", "linear"]
+    argv += ["--train.batch-size", "8", "--data.held-out", "10", "--out", str(tmp_path / "run")]
+    assert main([*argv, "--train.steps", "4", "--data.stream", "on"]) == 0
+    assert main([*argv, "--train.steps", "6"]) == 0
+    assert main([*argv, "--train.steps", "8", "--data.stream", "on"]) == 0
+    assert "from step 6" in capsys.readouterr().out
+    np.save(tmp_path / "x.npy", rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8))
+    for stream in ("on", "off"):
+        assert main([*argv, "--train.steps", "9", "--data.stream", stream]) == 2
+        assert "differs in data_" in capsys.readouterr().err
+
+
 # ---- from config to objects ---------------------------------------------------------------------
 
 

@@ -140,7 +140,7 @@ def test_skipping_is_the_same_when_continued_and_is_counted(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(whole.state), jax.device_get(again.state))
     stats = (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()
     assert json.loads(stats[-1])["unreadable"] == 3
-    with pytest.raises(data.DataError, match="3 examples cannot be read.*at most 2"):
+    with pytest.raises(data.DataError, match=r"3 examples cannot be read.*at most 2"):
         with pytest.warns(UserWarning, match="left out"):
             run(tmp_path / "few", streamed(bad, on_error="skip", max_unreadable=2))
 
