@@ -1,6 +1,7 @@
 """The cases, by name."""
 
 from benchmarks.cases import (
+    checkpoints,
     denoisers,
     devices,
     distillation,
@@ -20,6 +21,7 @@ CASES: dict[str, Case] = {
         denoisers,
         samplers,
         training,
+        checkpoints,
         sweeps,
         distillation,
         jacobians,

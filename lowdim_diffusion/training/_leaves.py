@@ -5,7 +5,9 @@ A *leaf table* maps the tree path ``a/b/c`` of each leaf to ``{"shape", "dtype"}
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ from lowdim_diffusion._types import PyTree
 Leaf = dict[str, Any]
 Table = dict[str, Leaf]
 
+_COPIERS = min(4, os.cpu_count() or 1)
+"""Threads that copy at a time; one alone does not fill the memory's bandwidth."""
 _KEY_IMPLS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
@@ -93,13 +97,33 @@ def check_storable(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def to_hosts(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """NumPy arrays that nobody else holds, so the leaves may be donated or changed."""
+def to_hosts(
+    leaves: Mapping[str, Any], reuse: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """NumPy arrays that nobody else holds, so the leaves may be donated or changed.
+
+    Args:
+        leaves: by path.
+        reuse: what an earlier call returned, to be overwritten: fresh memory costs a page fault
+            every 4 kB, which takes longer than copying.
+    """
     parts = {path: _reachable(leaf) for path, leaf in leaves.items()}
     for part in parts.values():
         if isinstance(part, jax.Array):
             part.copy_to_host_async()  # all transfers overlap
-    return {path: np.array(part) for path, part in parts.items()}
+    old = [(reuse or {}).get(path) for path in parts]
+    with ThreadPoolExecutor(min(len(parts), _COPIERS)) as threads:
+        return dict(zip(parts, threads.map(_own, parts.values(), old), strict=True))
+
+
+def _own(part: Any, buffer: np.ndarray | None) -> np.ndarray:
+    view = np.asarray(part)
+    if isinstance(part, jax.Array) and next(iter(part.devices())).platform != "cpu":
+        return view  # what came over from the device is nobody else's
+    if buffer is None or (buffer.shape, buffer.dtype) != (view.shape, view.dtype):
+        return np.array(view)
+    np.copyto(buffer, view)
+    return buffer
 
 
 def _reachable(leaf: Any) -> Any:
@@ -153,31 +177,28 @@ def table(arrays: Mapping[str, np.ndarray], kinds: Mapping[str, Leaf]) -> Table:
     return {path: {**kinds[path], "sha256": sha256(array)} for path, array in arrays.items()}
 
 
-@jax.jit
-def _finite(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.stack([jnp.isfinite(x).all(), ~jnp.isnan(x).any()]) for x in leaves])
+def non_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Paths of arrays with NaN or infinities.
 
-
-def non_finite(leaves: Mapping[str, Any]) -> list[str]:
-    """Paths of leaves with NaN or infinities: one jitted reduction.
-
-    An infinity alone in its leaf is let through outside parameters and their averages: it is the
+    An infinity alone in its array is let through outside parameters and their averages: it is the
     honest first value of a running minimum.
     """
 
-    def sound(path: str, leaf: Any, finite: bool, a_number: bool) -> bool:
-        strict = np.size(leaf) > 1 or path.split("/")[0] in ("params", "ema")
-        return finite if strict else a_number
+    def sound(path: str, x: np.ndarray) -> bool:
+        if not jnp.issubdtype(x.dtype, jnp.inexact) or _all_finite(x):
+            return True
+        lenient = x.size == 1 and path.split("/")[0] not in ("params", "ema")
+        return lenient and not np.isnan(x).any()
 
-    groups: dict[Any, dict[str, Any]] = {}
-    for path, leaf in leaves.items():
-        if not is_key(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            devices = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
-            groups.setdefault(devices, {})[path] = leaf
-    flags = {path: row for group in groups.values() for path, row in _flags(group).items()}
-    return [path for path, row in flags.items() if not sound(path, leaves[path], *map(bool, row))]
+    return [path for path, x in arrays.items() if not sound(path, x)]
 
 
-def _flags(group: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    found = to_hosts({"flags": _finite(list(group.values()))})["flags"]
-    return dict(zip(group, found, strict=True))
+def _all_finite(x: np.ndarray) -> bool:
+    # A sum of squares is not finite if a term is not, and BLAS takes it as fast as memory can be
+    # read. It may also have overflowed: then every number is looked at.
+    if x.dtype in (np.float32, np.float64):
+        flat = np.ascontiguousarray(x).reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.dot(flat, flat)):
+                return True
+    return bool(np.isfinite(x).all())

@@ -11,7 +11,8 @@ single rename::
 ``leaves`` and ``meta`` carry their own sha256, so a changed byte is noticed or harmless.
 
 Saving copies the leaves to the host, then digests, writes and syncs them in a background thread:
-once :meth:`Checkpointer.save` has returned, the state may be donated. Restoring walks from the
+once :meth:`Checkpointer.save` has returned, the state may be donated. The copy stays for the next
+save. Restoring walks from the
 newest step to the oldest, compares shapes and dtypes before it reads, and digests after; a step
 that fails is moved to ``damaged-<step>`` and the step before it is used.
 
@@ -160,6 +161,7 @@ class Checkpointer:
         self.keep_every = keep_every
         self.keep_best = keep_best
         self._scores: dict[int, float | None] | None = None
+        self._buffers: dict[str, np.ndarray] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._entered = False
@@ -176,7 +178,7 @@ class Checkpointer:
         self._entered = False
         try:
             self.wait()
-        except CheckpointError as late:
+        except (CheckpointError, NonFiniteError) as late:
             if error is None:
                 raise
             warnings.warn(f"the last checkpoint was not written: {late}", stacklevel=2)
@@ -203,10 +205,9 @@ class Checkpointer:
                 save at the end of training.
 
         Raises:
-            NonFiniteError: a leaf holds NaN, or a leaf of several numbers holds an infinity. (A
-                single infinity is the honest first value of a running minimum.)
             CheckpointError: the save before this one failed, the disk is too full, or the step is
                 not new.
+            NonFiniteError: the state before this one was not finite, see :meth:`wait`.
             ValueError, TypeError: the state cannot be stored; nothing was written.
         """
         if not self._entered:
@@ -214,13 +215,7 @@ class Checkpointer:
         self.wait()
         leaves = _leaves.flatten(state)
         _leaves.check_storable(leaves)
-        if bad := _leaves.non_finite(leaves):
-            more = f" and {len(bad) - 1} more leaves hold" if len(bad) > 1 else " holds"
-            raise NonFiniteError(
-                f"step {step} was not saved: {bad[0]}{more} NaN or infinity; the checkpoints "
-                "before it are untouched. Lower the learning rate or clip the gradients."
-            )
-        arrays = _leaves.to_hosts(leaves)
+        arrays = self._buffers = _leaves.to_hosts(leaves, self._buffers)
         if not _is_writer():
             return
         newest = max(all_steps(self.root), default=-1)
@@ -255,6 +250,8 @@ class Checkpointer:
         Raises:
             CheckpointError: the save that just ended had failed. Raised once; a later save may
                 succeed.
+            NonFiniteError: it was refused: a leaf held NaN, or a leaf of several numbers an
+                infinity. (A single infinity is the honest first value of a running minimum.)
         """
         if self._thread is not None:
             self._thread.join()
@@ -285,8 +282,14 @@ class Checkpointer:
         kinds: _leaves.Table,
         meta: dict[str, Any],
     ) -> None:
-        """Digest, write and sync one step in the background; what goes wrong is kept for wait."""
+        """Check, digest, write and sync one step in the background; errors are kept for wait."""
         try:
+            if bad := _leaves.non_finite(arrays):
+                more = f" and {len(bad) - 1} more leaves hold" if len(bad) > 1 else " holds"
+                raise NonFiniteError(
+                    f"step {step} was not saved: {bad[0]}{more} NaN or infinity; the checkpoints "
+                    "before it are untouched. Lower the learning rate or clip the gradients."
+                )
             with _io_errors(f"step {step} was not saved in {self.root}"):
                 leaves = {"step": step, "leaves": _leaves.table(arrays, kinds)}
                 items = ocp.args.Composite(

@@ -270,10 +270,16 @@ def test_rotation_settings_are_checked(tmp_path, options):
         (np.array([np.inf, 0.0]), cp.NonFiniteError, "bad holds NaN"),
     ],
 )
-def test_state_that_cannot_be_stored_is_refused_at_once(root, leaf, error, message):
-    with cp.Checkpointer(root) as checkpointer, pytest.raises(error, match=message):
+def test_state_that_cannot_be_stored_is_refused(root, leaf, error, message):
+    with pytest.raises(error, match=message), cp.Checkpointer(root) as checkpointer:
         checkpointer.save(3, make_state(3) | {"bad": leaf}, {})
     assert cp.all_steps(root) == [1, 2]
+
+
+def test_numbers_whose_squares_overflow_are_finite(tmp_path):
+    with cp.Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"params": np.array([1e30, -3e38], np.float32)}, {})
+    assert cp.all_steps(tmp_path) == [1]
 
 
 def test_names_must_be_unique(tmp_path):
