@@ -9,6 +9,7 @@ from benchmarks.cases import (
     neighbours,
     samplers,
     startup,
+    streams,
     sweeps,
     training,
 )
@@ -22,6 +23,7 @@ CASES: dict[str, Case] = {
         samplers,
         training,
         checkpoints,
+        streams,
         sweeps,
         distillation,
         jacobians,

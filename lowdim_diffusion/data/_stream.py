@@ -44,12 +44,14 @@ class Stream:
         on_error: ``"stop"`` before the first step that needs an example that cannot be read, or
             ``"skip"``: take the next one, in the order of the data set, that can.
         max_unreadable: with ``"skip"``, stop beyond so many different ones.
+        chunk_examples: largest chunk.
     """
 
     dataset: LazyDataset
     order: Batcher
     on_error: str = "stop"
     max_unreadable: int = 100
+    chunk_examples: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -70,7 +72,7 @@ class Stream:
     def chunk_steps(self) -> int:
         """Steps in a chunk."""
         each = math.prod(self.dataset.data_shape) * self.dataset.dtype.itemsize
-        examples = min(CHUNK_BYTES // each, CHUNK_EXAMPLES)
+        examples = min(CHUNK_BYTES // each, self.chunk_examples or CHUNK_EXAMPLES)
         return max(min(examples // self.batch_size, CHUNK_STEPS), 1)
 
     def shapes(self, size: int) -> dict[str, Any]:
@@ -109,6 +111,7 @@ def stream(
     flip: bool = False,
     on_error: str = "stop",
     max_unreadable: int = 100,
+    chunk_examples: int | None = None,
 ) -> Stream:
     """Return the :class:`Stream` that draws from a lazy data set.
 
@@ -124,6 +127,8 @@ def stream(
             ``"skip"``: take the next example of the data set that can be read in its place. That
             depends on the data alone, so a run that is continued does the same again.
         max_unreadable: with ``"skip"``, stop once a process has met more of them.
+        chunk_examples: decode at most so many at a time, of all processes together (but those of
+            one step at least): less memory for more turns. None: 16,384; never more than 64 MiB.
 
     Raises:
         ValueError: if sizes or names do not fit.
@@ -142,8 +147,10 @@ def stream(
     check_order("stream", dataset, batch_size, shuffle, flip)
     check_choice("stream", "on_error", on_error, ("stop", "skip"))
     check_int("stream", "max_unreadable", max_unreadable)
+    if chunk_examples is not None:
+        check_int("stream", "chunk_examples", chunk_examples)
     order = Batcher({}, int(batch_size), dataset.num_examples, shuffle, flip)
-    return Stream(dataset, order, on_error, max_unreadable)
+    return Stream(dataset, order, on_error, max_unreadable, chunk_examples)
 
 
 class Chunk(NamedTuple):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from lowdim_diffusion import sharding
 from lowdim_diffusion.cli import build, main, plan
@@ -205,6 +206,34 @@ def test_two_processes_equal_eight_devices_equal_one(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 41))
     drawn = [np.load(tmp_path / n / "samples" / "step-00000040.npz")["x"] for n in ("one", "two")]
     np.testing.assert_allclose(*drawn, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_share_a_stream_and_stop_at_its_flaw(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 4, 4)).astype(np.uint8)
+    files = [tmp_path / "pictures" / f"{i}.png" for i in range(256)]
+    for file, picture in zip(files, pixels, strict=True):
+        Image.fromarray(picture).save(file)
+    more = ["--data.path", str(tmp_path / "pictures"), "--data.stream", "on", "--train.steps", "12"]
+    runs = {
+        "one": one(*more, "--data.stream", "off", "--loss.data-std", "0.6", out=tmp_path / "one"),
+        "two": launch(*more, "--loss.data-std", "0.6", out=tmp_path / "two", devices=2),
+    }
+    said = {name: finish(process)[0] for name, process in runs.items()}
+    assert "kB per process: two on the devices" in said["two"]
+    assert_close(*(state(tmp_path / name) for name in runs))
+    sound = files[100].read_bytes()
+    files[100].write_bytes(b"")
+    more += ["--loss.data-std", "0.6", "--train.steps", "30"]
+    _, err = finish(launch(*more, out=tmp_path / "two", devices=2), 2)
+    assert "100.png" in err and "error" in err
+    assert 12 <= checkpoint.all_steps(tmp_path / "two" / "checkpoints")[-1] < 12 + 2 * 8
+    files[100].write_bytes(sound)
+    finish(launch(*more, out=tmp_path / "two", devices=2))
+    finish(one(*more, "--data.stream", "off", out=tmp_path / "one"))
+    assert_close(*(state(tmp_path / name) for name in runs))
 
 
 @pytest.mark.slow

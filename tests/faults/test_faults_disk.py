@@ -283,6 +283,39 @@ def test_other_data_under_the_same_name_are_refused(own_data, tmp_path):
     assert fp.snapshot(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("damage", [sabotage.flip, sabotage.halve])
+def test_a_picture_that_goes_bad_in_mid_epoch(tmp_path, damage):
+    pictures = folder_of_pictures(tmp_path / "pictures")
+    more = ["--data.path", str(pictures), "--data.stream", "on", "--loss.data-std", "0.5"]
+    fp.succeeds(fp.train(tmp_path / "whole", *more))
+    fp.succeeds(fp.train(tmp_path / "run", *more, steps=6))
+    victim = pictures / "17.png"  # one of the next 64 that are drawn, after half an epoch
+    sound = victim.read_bytes()
+    damage(victim)
+    fp.fails_clearly(fp.train(tmp_path / "run", *more), 2, "17.png", "example 17")
+    assert 6 <= fp.steps_of(tmp_path / "run")[-1] < 12
+    shutil.copytree(tmp_path / "run", tmp_path / "skip")
+    victim.write_bytes(sound)
+    fp.succeeds(fp.train(tmp_path / "run", *more))
+    fp.same_run(tmp_path / "run", tmp_path / "whole")
+    damage(victim)
+    for steps in (20, 30):
+        done = fp.train(tmp_path / "skip", *more, "--data.on-error", "skip", steps=steps)
+        fp.succeeds(done, ["left out"])
+        assert "17.png" in done.err
+
+
+def folder_of_pictures(path):
+    import numpy as np
+    from PIL import Image
+
+    path.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8)).astype(np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(path / f"{i}.png")
+    return path
+
+
 # ---- compilation cache --------------------------------------------------------------------------
 
 
