@@ -37,6 +37,7 @@ __all__ = [
     "is_writer",
     "local_index",
     "mean_gradients",
+    "meet",
     "on_every_host",
     "replicate",
     "replicated",
@@ -190,6 +191,11 @@ def on_every_host(tree: PyTree) -> PyTree:
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return tree
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def meet(name: str) -> None:
+    """Wait until all processes have come to the place of this name."""
+    multihost_utils.sync_global_devices(name)
 
 
 _SMALLEST = 1024

@@ -66,6 +66,8 @@ def joined(config: DistributedConfig, name: str) -> Iterator[None]:
     try:
         yield
         jax.distributed.shutdown()
+        # It wakes up now; an interpreter that ends under its feet would abort.
+        listener.join(10)
     except BaseException as error:
         found = _translated(error)
         code, line = explain(found)

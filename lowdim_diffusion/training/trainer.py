@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from lowdim_diffusion._checks import check_int
 from lowdim_diffusion._types import Params, PRNGKey, PyTree
 from lowdim_diffusion.data import Chunk, Stream
-from lowdim_diffusion.sharding import fsdp, replicate, replicated
+from lowdim_diffusion.sharding import fsdp, meet, replicate, replicated
 from lowdim_diffusion.training.checkpoint import Checkpointer, IncompatibleStateError, Restored
 from lowdim_diffusion.training.guards import diagnose, guarded
 from lowdim_diffusion.training.loop import Examples, Stretch, batch_of, compile_loop, data_key
@@ -284,6 +284,8 @@ def train(
                 tell()
                 save(step)
                 checkpointer.wait()
+                if stopped:
+                    meet("saved")  # a process that fails ends the others, so not before
                 if broken is not None:
                     raise broken
             finally:
