@@ -33,6 +33,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore = ["networks/make_pretrained_fixtures.py"]  # a script, which needs torch
+# Not searched for doctests: files of one name would be taken for one module.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 def pytest_make_parametrize_id(val):

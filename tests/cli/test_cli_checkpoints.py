@@ -44,6 +44,7 @@ def test_newest_best_and_milestones_stay(trained, capsys):
     assert lines[-1].startswith("step 35 ") and "newest" in lines[-1]
 
 
+@pytest.mark.slow
 def test_held_out_examples_are_apart_and_their_loss_is_without_chance(trained):
     config = toml.load(trained / "config.toml")
     parts = build.parts(config)
@@ -85,6 +86,7 @@ def test_policies_that_cannot_be_are_refused(tmp_path, argv, words, capsys):
     assert words in err and err.count("\n") == 1 and not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F36")
 def test_another_optimizer_starts_anew_only_when_asked_to(trained, tmp_path, capsys):
     out = shutil.copytree(trained, tmp_path / "r")

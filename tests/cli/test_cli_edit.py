@@ -64,6 +64,7 @@ def test_mask_files_and_other_images(digits, tmp_path):
     np.testing.assert_allclose(found["originals"], 100 / 127.5 - 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_transfer_composition_and_supervision(digits, tmp_path, capsys):
     """Beside the directions found; pictures of a larger edit before it do not stay."""
     (tmp_path / "edit_7.png").write_bytes(b"old")

@@ -65,6 +65,7 @@ def exported(trained):
     return trained / "export" / "denoiser-step40", trained / "export" / "sampler-step40"
 
 
+@pytest.mark.slow
 def test_programs_run_without_this_package_and_agree(trained, exported, tmp_path):
     draw = np.random.default_rng(0)
     inputs = [

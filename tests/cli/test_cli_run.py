@@ -196,6 +196,7 @@ def test_data_that_would_not_fit_are_streamed(tmp_path, capsys, monkeypatch):
     assert "add --data.stream on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_continued_either_way(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8))

@@ -77,7 +77,7 @@ def test_unfit_feature_files_are_refused(tmp_path, unchecked):
         ({"samples": good, "train": np.ones((4, 2))}, "width of samples: expected that of train"),
         ({"samples": good, "train": np.ones(4)}, "unfit train"),
         ({"samples": good, "train": np.ones((0, 3))}, "unfit train"),
-        ({"samples": good * 1j, "train": good}, "unfit samples"),
+        ({"samples": good * 1j, "train": good}, "unreadable"),
         ({"samples": good * np.nan, "train": good}, "2 of 2 with NaN or inf"),
     ]:
         np.savez(path, **arrays)
