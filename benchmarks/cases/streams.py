@@ -56,7 +56,7 @@ def _streams(size: str) -> list[Variant]:
     step = training.make_train_step(loss_fn, optimizer, axis_name=sharding.AXIS)
     state = training.init_state(net.init(key), optimizer)
 
-    def loop(examples: Any, arrays: Any) -> Any:
+    def loop(examples: Any, arrays: Any) -> tuple[Any, Any]:
         first = sharding.replicate(jax.tree.map(jax.numpy.copy, state), mesh)
         program = training.compile_loop(step, examples, batch, mesh, first, arrays)
         return program, [first]

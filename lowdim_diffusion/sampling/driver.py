@@ -254,19 +254,20 @@ def sample_batched(
 
     def one_block(inputs: Any) -> tuple[Array, Array | None]:
         index, start, given = inputs
-        conditioned = denoise_fn, correct
+        own, hook = denoise_fn, correct
         if cond is not None:
-            hook = None if correct is None else lambda *args: correct(*args, given)
-            conditioned = (lambda x, t: denoise_fn(x, t, given)), hook
+            own = lambda x, t: denoise_fn(x, t, given)
+        if cond is not None and hook is not None:
+            hook = functools.partial(_with_condition, hook, given)
         result = sample(
             key,
-            conditioned[0],
+            own,
             schedule,
             ts,
             (index.shape[0], *shape[1:]) if start is None else start,
             solver=solver,
             save=save,
-            correct=conditioned[1],
+            correct=hook,
             correct_carry=correct_carry(index) if callable(correct_carry) else correct_carry,
             index=index,
             remat=remat,
@@ -283,6 +284,10 @@ def sample_batched(
     trajectory = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), trajectory)
     times = _kept_times(jnp.asarray(ts).astype(x.dtype), save)
     return SampleResult(x, trajectory, times, None, _count_evals(solver, schedule, ts))
+
+
+def _with_condition(correct: Any, cond: PyTree, *args: Any) -> Any:
+    return correct(*args, cond)
 
 
 def _warn_if_stiff(denoise_fn: DenoiseFn, num_steps: int) -> None:
