@@ -139,7 +139,9 @@ def _run(
 ) -> int:
     ends: queue.SimpleQueue[_End] = queue.SimpleQueue()
     started: list[subprocess.Popen] = []
+    watchers: list[threading.Thread] = []
     sent: list[int] = []
+    errors = _Errors()
 
     def forward(number: int, frame: Any) -> None:
         sent.append(number)
@@ -165,12 +167,17 @@ def _run(
                 preexec_fn=_die_with_parent(),
             )
             started.append(process)
-            threading.Thread(target=_watch, args=(i, process, ends, debug), daemon=True).start()
+            about = (i, process, ends, debug, errors)
+            watchers.append(threading.Thread(target=_watch, args=about, daemon=True))
+            watchers[-1].start()
         return _wait(started, ends, sent)
     finally:
         for process in started:
             process.kill()  # nothing happens to one that has ended
             process.wait()
+        for watcher in watchers:
+            watcher.join(1)
+        errors.end()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -207,23 +214,52 @@ def _wait(
     return ExitCode.PEER_LOST
 
 
+class _Errors:
+    """Which error lines were shown: one that all repeat is, by the one whose error it is."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._repeated = ""
+
+    def is_news(self, line: str) -> bool:
+        """Whether to show a line now; a repetition is kept."""
+        if _REPEATED.match(line):
+            self._repeated = self._repeated or line
+            return False
+        self._shown = self._shown or ": error: " in line
+        return True
+
+    def end(self) -> None:
+        """Show the repetition if the process itself was ended before it could say it."""
+        if self._repeated and not self._shown:
+            _write(self._repeated)
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 def _watch(
-    index: int, process: subprocess.Popen, ends: "queue.SimpleQueue[_End]", debug: bool
+    index: int,
+    process: subprocess.Popen,
+    ends: "queue.SimpleQueue[_End]",
+    debug: bool,
+    errors: _Errors,
 ) -> None:
     """Pass on what a process says on stderr, then say how it ended."""
     assert process.stderr is not None
-    _pass_on(process.stderr, f"[{index}] " if index else "", debug)
+    _pass_on(process.stderr, f"[{index}] " if index else "", debug, errors)
     ends.put(_End(index, process.wait()))
 
 
-def _pass_on(lines: IO[str], prefix: str, debug: bool) -> None:
+def _pass_on(lines: IO[str], prefix: str, debug: bool, errors: _Errors) -> None:
     hidden = False
     for line in lines:
         hidden = hidden or (not debug and bool(_ABORT.match(line)))
-        if not hidden and not _REPEATED.match(line):
-            with contextlib.suppress(OSError):
-                sys.stderr.write(prefix + line)
-                sys.stderr.flush()
+        if not hidden and errors.is_news(line):
+            _write(prefix + line)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Several processes: their arguments, and real ones that agree, fail and stop together."""
 
+import io
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 
 from lowdim_diffusion import sharding
 from lowdim_diffusion.cli import build, main, plan
+from lowdim_diffusion.cli import launch as launcher
 from lowdim_diffusion.cli.errors import CommandError
 from lowdim_diffusion.cli.launch import environments
 from lowdim_diffusion.cli.parse import parse_run
@@ -49,6 +51,20 @@ def test_processes_share_the_gpus():
     with pytest.raises(CommandError, match=r"2 processes with 3 GPUs each need 6, there are 5"):
         seen(2, 3)
     assert COUNT in environments({**base, "JAX_PLATFORMS": "cpu"}, 1, 1)[0]["XLA_FLAGS"]
+
+
+def test_an_error_is_shown_once_whoever_comes_to_say_it(capsys):
+    own = "lowdim train: error: the disk is full\n"
+    repeated = "lowdim train: error: process 1: the disk is full\n"
+    errors = launcher._Errors()
+    launcher._pass_on(io.StringIO("warning: slow\n" + repeated), "", False, errors)
+    launcher._pass_on(io.StringIO(own), "[1] ", False, errors)
+    errors.end()
+    assert capsys.readouterr().err == "warning: slow\n[1] " + own
+    errors = launcher._Errors()  # process 1 is ended before it says anything
+    launcher._pass_on(io.StringIO("warning: slow\n" + repeated), "", False, errors)
+    errors.end()
+    assert capsys.readouterr().err == "warning: slow\n" + repeated
 
 
 @pytest.mark.parametrize(
