@@ -17,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lowdim_diffusion.cli.config import option
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
@@ -254,7 +254,7 @@ def _watch(
     ends.put(_End(index, process.wait()))
 
 
-def _pass_on(lines: IO[str], prefix: str, debug: bool, errors: _Errors) -> None:
+def _pass_on(lines: Iterable[str], prefix: str, debug: bool, errors: _Errors) -> None:
     hidden = False
     for line in lines:
         hidden = hidden or (not debug and bool(_ABORT.match(line)))
