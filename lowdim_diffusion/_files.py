@@ -1,10 +1,11 @@
 """Small files that are old or new but never half written, and names that survive power loss."""
 
 import io
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 try:
@@ -59,6 +60,17 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, Any]) -> pathlib.Path:
     stored = io.BytesIO()
     np.savez_compressed(stored, **arrays)
     return write_atomic(path, stored.getvalue())
+
+
+def json_lines(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines that are whole JSON objects, with what they say; torn ones are left out."""
+    for line in data.split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def is_locked(path: pathlib.Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "lowdim_diffusion"
 
 FLOORS = [
-    {"_types", "_checks", "_files"},
+    {"_types", "_checks", "_files", "_nested"},
     {"linalg", "schedules", "sharding"},
     {"corruption", "distributions", "networks", "neighbors"},
     {"data", "denoisers", "losses", "solvers"},

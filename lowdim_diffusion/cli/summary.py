@@ -14,7 +14,8 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lowdim_diffusion._files import is_locked
+from lowdim_diffusion._files import is_locked, json_lines
+from lowdim_diffusion._nested import dotted
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.config import RunConfig, options_of
 
@@ -144,7 +145,7 @@ def last_loss(
 
 def losses(path: pathlib.Path, x: str = "step") -> tuple[list[float], list[float]]:
     """Return a column of a run's metrics, and the loss beside it, where both are numbers."""
-    rows = _rows((path / "metrics.jsonl").read_bytes())
+    rows = (row for _, row in json_lines((path / "metrics.jsonl").read_bytes()))
     pairs = [(r[x], r["loss"]) for r in rows if _is_number(r.get(x)) and _is_number(r.get("loss"))]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
@@ -168,16 +169,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rows(data: bytes) -> Iterator[dict[str, Any]]:
-    for line in data.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
 def _tail(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
     """The last hundreds of rows of a file; none if there is no such file."""
     try:
@@ -190,7 +181,7 @@ def _tail(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         notes.append(f"{path.name}: {error.strerror}")
         return []
-    found = list(_rows(data))
+    found = [row for _, row in json_lines(data)]
     if data and not found:
         notes.append(f"{path.name} has no rows")
     return found
@@ -198,7 +189,7 @@ def _tail(path: pathlib.Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _config(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     try:
-        read = dict(_dotted(tomllib.loads(toml.text_of(path))))
+        read = dict(dotted(tomllib.loads(toml.text_of(path))))
         return {name: value for name, value in (_defaults() | read).items() if value is not None}
     except FileNotFoundError:
         notes.append("no config.toml")
@@ -213,14 +204,6 @@ def _config(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
 def _defaults() -> dict[str, Any]:
     """For options that are younger than a config; none of them is a list."""
     return {name: value for name, _, value in options_of(RunConfig())}
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _newest_checkpoint(path: pathlib.Path) -> int | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from lowdim_diffusion._files import write_atomic
+from lowdim_diffusion._nested import dotted
 from lowdim_diffusion.cli import executors, tables, toml
 from lowdim_diffusion.cli.config import RunConfig, flag, option, options_of
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
@@ -205,7 +206,8 @@ def _load(path: pathlib.Path) -> _Sweep:
     if unknown := set(tree) - {"grid", "train"}:
         raise CommandError(f"{path}: unknown key {sorted(unknown)[0]!r}; there are grid and train")
     grid: dict[str, list[tuple[str, ...]]] = {}
-    for name, values in _dotted(tree.get("grid", {})):
+    table = tree.get("grid", {})
+    for name, values in dotted(table if isinstance(table, dict) else {"": table}):
         _field(f"{path}: grid", name)
         if not isinstance(values, list) or not values:
             raise CommandError(f"{path}: grid.{name}: expected a list of values, got {values!r}")
@@ -217,12 +219,6 @@ def _load(path: pathlib.Path) -> _Sweep:
     if not isinstance(train, list) or not all(isinstance(word, str) for word in train):
         raise CommandError(f"{path}: train: expected a list of texts, got {train!r}")
     return _Sweep(grid, train)
-
-
-def _dotted(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        return [(prefix.removesuffix("."), tree)]
-    return [item for name, value in tree.items() for item in _dotted(value, f"{prefix}{name}.")]
 
 
 def _word(value: Any) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from lowdim_diffusion import _files
 from lowdim_diffusion._checks import fail
+from lowdim_diffusion._nested import nest
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.networks._tensors import library
 
@@ -88,14 +89,7 @@ def load_weights(path: str | os.PathLike[str]) -> Weights:
         about = json.loads(metadata["about"])
     except (ValueError, RecursionError) as error:
         raise fail(where, f"cannot read about in {path}", "JSON", error) from None
-    params: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *parents, last = name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = tensor
-    return Weights(params, about)
+    return Weights(nest(tensors), about)
 
 
 def is_own(path: str | os.PathLike[str]) -> bool:

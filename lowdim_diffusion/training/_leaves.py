@@ -40,18 +40,6 @@ def flatten(state: PyTree) -> dict[str, Any]:
     return leaves
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries from ``a/b/c`` paths."""
-    nested: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return nested
-
-
 def is_key(leaf: Any) -> bool:
     """Whether the leaf is an array (or its description) of typed keys."""
     dtype = getattr(leaf, "dtype", None)

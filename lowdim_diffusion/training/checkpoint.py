@@ -47,6 +47,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from lowdim_diffusion import _files
 from lowdim_diffusion._checks import check_int
+from lowdim_diffusion._nested import nest
 from lowdim_diffusion._types import PyTree
 from lowdim_diffusion.training import _leaves
 from lowdim_diffusion.training.step import new_guard
@@ -293,7 +294,7 @@ class Checkpointer:
             with _io_errors(f"step {step} was not saved in {self.root}"):
                 leaves = {"step": step, "leaves": _leaves.table(arrays, kinds)}
                 items = ocp.args.Composite(
-                    state=ocp.args.StandardSave(_leaves.nest(arrays)),
+                    state=ocp.args.StandardSave(nest(arrays)),
                     leaves=ocp.args.JsonSave(_seal(leaves)),
                     meta=ocp.args.JsonSave(_seal(meta)),
                 )
@@ -465,7 +466,7 @@ def load(
         path: _leaves.wrap_key(x, found.leaves[path]) if "key" in found.leaves[path] else x
         for path, x in found.arrays.items()
     }
-    return Restored(found.step, _leaves.nest(leaves), found.meta)
+    return Restored(found.step, nest(leaves), found.meta)
 
 
 def verify(root: str | os.PathLike) -> list[StepReport]:
@@ -607,7 +608,7 @@ def _read_arrays(
     if not leaves:
         return {}
     _check_memory(leaves)
-    whole = _leaves.nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
+    whole = nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
     asked = ocp.args.PyTreeRestore(
         item=jax.tree.map(lambda _: 0, whole), restore_args=whole, partial_restore=True
     )

@@ -25,13 +25,14 @@ import platform
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from lowdim_diffusion import _files
+from lowdim_diffusion._nested import dotted
 
 try:
     import fcntl
@@ -304,7 +305,7 @@ class MetricsLog:
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of a metrics file, without lines that are torn; empty if there is no file."""
     path = pathlib.Path(path)
-    return [row for _, row in _rows(path.read_bytes())] if path.exists() else []
+    return [row for _, row in _files.json_lines(path.read_bytes())] if path.exists() else []
 
 
 def current_versions() -> dict[str, Any]:
@@ -330,7 +331,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         >>> differences({"optim": {"lr": 0.1}, "seed": 0}, {"optim": {"lr": 0.2}, "seed": 0})
         ['optim.lr: 0.1 -> 0.2']
     """
-    before, after = dict(_dotted(old)), dict(_dotted(new))
+    before, after = dict(dotted(old)), dict(dotted(new))
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in sorted(before.keys() | after.keys())
@@ -354,31 +355,12 @@ def filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any
     return new
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
-
-
-def _rows(data: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines that are JSON objects, with what they say."""
-    for line in data.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            yield line, row
-
-
 def _repair(path: pathlib.Path, after_step: int) -> None:
     """Drop torn lines and rows beyond a step; the file is replaced only if that changes it."""
     if not path.exists():
         return
     data = path.read_bytes()
-    kept = [line + b"\n" for line, row in _rows(data) if not _step(row) > after_step]
+    kept = [line + b"\n" for line, row in _files.json_lines(data) if not _step(row) > after_step]
     if b"".join(kept) != data:
         _files.write_atomic(path, b"".join(kept).decode())
 
