@@ -109,7 +109,7 @@ def run(
 ) -> dict[str, Any]:
     """Return a case's timings, ready for JSON; times per unit of work are in milliseconds."""
     variants = case.build(size)
-    firsts = [_timed(variant.call) for variant in variants]
+    firsts = [_once(variant.call) for variant in variants]
     times: list[list[float]] = [[] for _ in variants]
     rounds = REPEATS[size] if repeats is None else repeats
     for _ in range(min(rounds, case.most_rounds or rounds)):
@@ -158,15 +158,19 @@ def ratios(mine: Sequence[float], others: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(mine, others, strict=True)]
 
 
+def _once(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    own = call()
+    return own if isinstance(own, float) else time.perf_counter() - begin
+
+
 def _timed(call: Callable[[], Any]) -> float:
     """Seconds of a call; the shortest of as many as fit into :data:`SHORT_S`."""
     least, start = math.inf, time.perf_counter()
     while True:
-        begin = time.perf_counter()
-        own = call()
-        now = time.perf_counter()
-        least = min(least, own if isinstance(own, float) else now - begin)
-        if now - start > SHORT_S:
+        least = min(least, _once(call))
+        if time.perf_counter() - start > SHORT_S:
             return least
 
 

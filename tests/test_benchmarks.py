@@ -20,8 +20,8 @@ def test_case_runs(name):
 
 
 def test_ratios_are_per_unit_and_pairwise(monkeypatch, tmp_path):
-    lengths = iter([1, 1, *[2, 9], *[4, 10]])  # of each call
-    clock = (now for length in lengths for now in (0, 0, length))
+    lengths = [2, 9, 4, 10]  # of each call but the two first ones, which are made once
+    clock = iter([0, 1, 1, 2, *(now for t in lengths for now in (0, 0, t, t))])
     monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     variants = [harness.Variant("a", lambda: None, 1), harness.Variant("b", lambda: None, 3)]
     case = harness.Case("c", "step", lambda size: variants)
@@ -29,7 +29,7 @@ def test_ratios_are_per_unit_and_pairwise(monkeypatch, tmp_path):
     assert first["ratio"] == 1 and first["median_ms"] == 3000
     assert (second["ratio_min"], second["ratio_max"]) == (pytest.approx(5 / 6), 1.5)
     # A call of two milliseconds is made three times, and the shortest counts.
-    clock = (now for now in (0, *[0, 2e-3], *[2e-3, 3e-3], *[3e-3, 6e-3]))
+    clock = iter([0, *[0, 2e-3, 2e-3], *[2e-3, 3e-3, 3e-3], *[3e-3, 6e-3, 6e-3]])
     assert harness._timed(lambda: None) == pytest.approx(1e-3)
     monkeypatch.undo()
     own = [harness.Variant("a", lambda: 0.5, 1), harness.Variant("b", lambda: 2.0, 2)]

@@ -11,7 +11,6 @@ References:
 """
 
 import importlib.util
-import time
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.harness import Case, Variant
+from benchmarks.harness import Case, Variant, jitted
 from lowdim_diffusion import data, distributions, generalization, schedules
 
 SIZES = {
@@ -47,12 +46,9 @@ def _build(size: str) -> list[Variant]:
         return jnp.linalg.norm(weight - truth) / jnp.linalg.norm(truth)
 
     def variant(name: str, fn: Any, *args: Any, ours: bool) -> Variant:
-        begin = time.perf_counter()
-        program = jax.jit(fn).lower(*args).compile()
-        compile_s = time.perf_counter() - begin
-        mean = float(jax.vmap(error)(program(*args), truth).mean())
-        call = lambda: jax.block_until_ready(program(*args))
-        return Variant(f"{name}, error {mean:.3f}", call, count, compile_s, ours=ours)
+        made = jitted(name, fn, *args, units=count, ours=ours)
+        mean = float(jax.vmap(error)(made.call(), truth).mean())
+        return made._replace(name=f"{name}, error {mean:.3f}")
 
     def closed(x: Any) -> Any:
         return generalization.distill_linear(
