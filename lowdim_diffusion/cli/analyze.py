@@ -11,7 +11,7 @@ from typing import Any
 from lowdim_diffusion.cli import toml
 from lowdim_diffusion.cli.config import option
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
-from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+from lowdim_diffusion.cli.parse import parse_of_run
 from lowdim_diffusion.cli.summary import last_loss
 
 __all__ = ["AnalyzeArguments", "main", "run"]
@@ -36,6 +36,10 @@ class AnalyzeArguments:
     """Leading singular values where there are too many to compute all, and size of subspaces."""
 
 
+_DESCRIPTION = """\
+Measure a run: nearest training images of its samples; singular values, rank and
+linearity of its Jacobian from noise to data; angles between subspaces.
+Writes RUN/report.html and the numbers to RUN/analysis.npz."""
 _EXAMPLES = """\
 lowdim analyze --run runs/digits
 lowdim analyze --run runs/mnist --num-samples 256 --num-spectra 8
@@ -44,22 +48,13 @@ lowdim analyze --run runs/mnist --data /mnt/elsewhere/mnist"""
 
 def main(argv: Sequence[str]) -> int:
     """Measure and report; return the exit code."""
-    prog = "lowdim analyze"
-    if wants_help(argv):
-        show_help(
-            f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Measure a run: nearest training images of its samples; singular values, rank and\n"
-            "linearity of its Jacobian from noise to data; angles between subspaces.\n"
-            "Writes RUN/report.html and the numbers to RUN/analysis.npz.",
-            [],
-            AnalyzeArguments(),
-            "",
-            _EXAMPLES,
-        )
-    given = parse(AnalyzeArguments, argv, default=AnalyzeArguments(), prog=prog)
-    check_options(given)
-    if not given.run:
-        raise CommandError("--run is needed: the directory of a run (lowdim analyze --run DIR)")
+    given = parse_of_run(
+        AnalyzeArguments,
+        argv,
+        prog="lowdim analyze",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
     return run(given)
 
 

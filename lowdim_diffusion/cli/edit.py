@@ -10,7 +10,7 @@ from typing import Any
 
 from lowdim_diffusion.cli.config import option
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
-from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+from lowdim_diffusion.cli.parse import parse_of_run
 
 __all__ = ["EditArguments", "main"]
 
@@ -64,6 +64,10 @@ class EditArguments:
     """Edit with the moving average of the parameters; --no-average takes the last ones."""
 
 
+_DESCRIPTION = """\
+Edit a region of real images: carry them up to a noise level, step along
+singular vectors of the denoiser's Jacobian, and sample. No text, no
+training. Writes a picture per image, report.html, a page and edits.npz."""
 _EXAMPLES = """\
 lowdim edit --run runs/demo
 lowdim edit --run runs/faces --images 5 17 --box 8 6 6 20 --directions 6
@@ -73,22 +77,13 @@ lowdim edit --run runs/faces --compose 1 -2 --toward 9 --transfer 17 30"""
 
 def main(argv: Sequence[str]) -> int:
     """Edit and report; return the exit code."""
-    prog = "lowdim edit"
-    if wants_help(argv):
-        show_help(
-            f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Edit a region of real images: carry them up to a noise level, step along\n"
-            "singular vectors of the denoiser's Jacobian, and sample. No text, no\n"
-            "training. Writes a picture per image, report.html, a page and edits.npz.",
-            [],
-            EditArguments(),
-            "",
-            _EXAMPLES,
-        )
-    given = parse(EditArguments, argv, default=EditArguments(), prog=prog)
-    check_options(given)
-    if not given.run:
-        raise CommandError("--run is needed: the directory of a run (lowdim edit --run DIR)")
+    given = parse_of_run(
+        EditArguments,
+        argv,
+        prog="lowdim edit",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
     return run(given, argv)
 
 

@@ -14,7 +14,7 @@ from lowdim_diffusion.cli.config import (
     settle,
 )
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
-from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+from lowdim_diffusion.cli.parse import parse_of_run
 
 __all__ = ["ExportArguments", "main"]
 
@@ -42,6 +42,10 @@ class ExportArguments:
     """sampler: classifier-free guidance, for a run trained with --loss.label-dropout."""
 
 
+_DESCRIPTION = """\
+Write what a run has learned in a form that others can use: weights as
+safetensors, or a program of jax.export for cpu, cuda and tpu. Each carries a
+sha256."""
 _EXAMPLES = """\
 lowdim export --run runs/digits
 lowdim train --init-from runs/digits/export/step4000-ema.safetensors ...
@@ -51,22 +55,13 @@ lowdim export --run runs/mnist --format sampler --solver dpmpp-2m --steps 12"""
 
 def main(argv: Sequence[str]) -> int:
     """Write the export; return the exit code."""
-    prog = "lowdim export"
-    if wants_help(argv):
-        show_help(
-            f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Write what a run has learned in a form that others can use: weights as\n"
-            "safetensors, or a program of jax.export for cpu, cuda and tpu. Each carries a\n"
-            "sha256.",
-            [],
-            ExportArguments(),
-            "",
-            _EXAMPLES,
-        )
-    given = parse(ExportArguments, argv, default=ExportArguments(), prog=prog)
-    check_options(given)
-    if not given.run:
-        raise CommandError("--run is needed: the directory of a run (lowdim export --run DIR)")
+    given = parse_of_run(
+        ExportArguments,
+        argv,
+        prog="lowdim export",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
     return run(given)
 
 

@@ -22,7 +22,7 @@ from lowdim_diffusion.cli.config import RunConfig, check, check_ranges, flag, op
 from lowdim_diffusion.cli.errors import CommandError
 from lowdim_diffusion.cli.presets import PRESETS, preset
 
-__all__ = ["RunArguments", "parse", "parse_run"]
+__all__ = ["RunArguments", "parse", "parse_of_run", "parse_run"]
 
 T = TypeVar("T")
 
@@ -141,6 +141,32 @@ def parse(kind: type[T], argv: Sequence[str], *, default: T, prog: str) -> T:
     if unknown:
         raise CommandError(_unknown(unknown[0], default, prog))
     return result
+
+
+def parse_of_run(
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    examples: str,
+    notes: str = "",
+) -> T:
+    """Return the arguments of a command about a run that is there, the directory ``--run``.
+
+    Raises:
+        CommandError: in one line, for anything wrong with them.
+        SystemExit: with 0 after ``--help``.
+    """
+    default: Any = kind()
+    if wants_help(argv):
+        usage = f"{prog} --run DIR [--OPTION VALUE ...]"
+        show_help(usage, description, [], default, notes, examples)
+    given: Any = parse(kind, argv, default=default, prog=prog)
+    check_options(given)
+    if not given.run:
+        raise CommandError(f"--run is needed: the directory of a run ({prog} --run DIR)")
+    return given
 
 
 def check_options(given: Any) -> None:

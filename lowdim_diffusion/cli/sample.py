@@ -16,7 +16,7 @@ from lowdim_diffusion.cli.config import (
     settle,
 )
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
-from lowdim_diffusion.cli.parse import check_options, parse, show_help, wants_help
+from lowdim_diffusion.cli.parse import parse_of_run
 
 __all__ = ["SampleArguments", "main"]
 
@@ -69,20 +69,14 @@ lowdim sample --run runs/labels --guidance 2 --guidance-interval 0.2 5"""
 
 def main(argv: Sequence[str]) -> int:
     """Draw and write samples; return the exit code."""
-    prog = "lowdim sample"
-    if wants_help(argv):
-        show_help(
-            f"{prog} --run DIR [--OPTION VALUE ...]",
-            "Draw samples from the newest sound checkpoint of a run.",
-            [],
-            SampleArguments(),
-            "Unset options are as in the [sample] section of the run's config.toml.",
-            _EXAMPLES,
-        )
-    given = parse(SampleArguments, argv, default=SampleArguments(), prog=prog)
-    check_options(given)
-    if not given.run:
-        raise CommandError("--run is needed: the directory of a run (lowdim sample --run DIR)")
+    given = parse_of_run(
+        SampleArguments,
+        argv,
+        prog="lowdim sample",
+        description="Draw samples from the newest sound checkpoint of a run.",
+        examples=_EXAMPLES,
+        notes="Unset options are as in the [sample] section of the run's config.toml.",
+    )
     return run(given)
 
 
