@@ -38,6 +38,7 @@ __all__ = [
     "local_index",
     "mean_gradients",
     "meet",
+    "num_cores",
     "on_every_host",
     "replicate",
     "replicated",
@@ -61,8 +62,13 @@ def cores_as_devices() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     chosen: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
     if chosen < 0 and "host_platform_device_count" not in flags:
-        usable = getattr(os, "sched_getaffinity", None)  # not on every system
-        jax.config.update("jax_num_cpu_devices", len(usable(0)) if usable else os.cpu_count())
+        jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def initialize(

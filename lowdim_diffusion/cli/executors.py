@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
 
-__all__ = ["Job", "gpu_share", "local", "slurm", "slurm_options"]
+__all__ = ["Job", "gpu_share", "local", "slurm", "slurm_options", "visible_gpus"]
 
 
 class Job(NamedTuple):
@@ -87,7 +87,7 @@ def gpu_share(slot: int, slots: int) -> dict[str, str]:
     Each process gets as many whole GPUs as there are for it; with more processes than GPUs, some
     share one, and its memory.
     """
-    gpus = _gpus()
+    gpus = visible_gpus(os.environ)
     if slots == 1 or not gpus:
         return {}
     each = len(gpus) // slots
@@ -100,14 +100,12 @@ def gpu_share(slot: int, slots: int) -> dict[str, str]:
     return environment
 
 
-def _gpus() -> list[str]:
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [gpu for gpu in given.split(",") if gpu]
-    try:
-        return sorted(m[1] for n in os.listdir("/dev") if (m := re.fullmatch(r"nvidia(\d+)", n)))
-    except OSError:
-        return []
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Return the NVIDIA GPUs that a process with this environment sees, by name."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return [name for name in environment["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    names = (path.name.removeprefix("nvidia") for path in pathlib.Path("/dev").glob("nvidia*"))
+    return sorted((name for name in names if name.isdecimal()), key=int)
 
 
 # ---- SLURM --------------------------------------------------------------------------------------

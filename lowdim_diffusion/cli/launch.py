@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import pathlib
 import queue
 import re
 import signal
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 from lowdim_diffusion.cli.config import option
 from lowdim_diffusion.cli.errors import CommandError, ExitCode
+from lowdim_diffusion.cli.executors import visible_gpus
 from lowdim_diffusion.cli.parse import check_options, parse, parse_run, show_help, wants_help
 
 __all__ = ["LaunchArguments", "environments", "main"]
@@ -93,7 +93,7 @@ def environments(
     Raises:
         CommandError: if there are fewer GPUs than asked for.
     """
-    gpus = [] if base.get("JAX_PLATFORMS") == "cpu" else _gpus(base)
+    gpus = [] if base.get("JAX_PLATFORMS") == "cpu" else visible_gpus(base)
     found = [dict(base) for _ in range(processes)]
     if gpus:
         each = devices_per_process or len(gpus) // processes
@@ -111,13 +111,6 @@ def environments(
             environment.pop("JAX_NUM_CPU_DEVICES", None)
             environment["XLA_FLAGS"] = flags
     return found
-
-
-def _gpus(base: Mapping[str, str]) -> list[str]:
-    if "CUDA_VISIBLE_DEVICES" in base:
-        return [name for name in base["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    names = (path.name.removeprefix("nvidia") for path in pathlib.Path("/dev").glob("nvidia*"))
-    return sorted((name for name in names if name.isdecimal()), key=int)
 
 
 @contextlib.contextmanager

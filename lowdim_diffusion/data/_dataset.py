@@ -151,12 +151,16 @@ class Dataset:
             >>> train.num_examples, held_out.num_examples
             (1500, 297)
         """
-        if not 0 < num_first < self.num_examples:
-            raise data_error(
-                self.name, "no such split", f"1 to {self.num_examples - 1} examples", num_first
-            )
-        order = np.random.default_rng(seed).permutation(self.num_examples)
-        return self.take(np.sort(order[:num_first])), self.take(np.sort(order[num_first:]))
+        first, rest = split_rows(self.name, self.num_examples, num_first, seed)
+        return self.take(first), self.take(rest)
+
+
+def split_rows(name: str, count: int, num_first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two disjoint random parts of ``range(count)``, each in order."""
+    if not 0 < num_first < count:
+        raise data_error(name, "no such split", f"1 to {count - 1} examples", num_first)
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[:num_first]), np.sort(order[num_first:])
 
 
 def from_arrays(

@@ -1,7 +1,6 @@
 """Data sets that are not read until an example is asked for, whatever is behind them."""
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,11 @@ from lowdim_diffusion.data._dataset import (
     _as_labels,
     data_error,
     from_arrays,
+    split_rows,
 )
 from lowdim_diffusion.data._files import READ_ERRORS, Folder, Source, check_bytes
 from lowdim_diffusion.data._images import Listed, convert_pictures, decode
+from lowdim_diffusion.sharding import num_cores
 
 SAMPLE = 64
 """How many examples stand for a data set in :func:`fingerprint`."""
@@ -148,12 +149,8 @@ class LazyDataset:
 
     def split(self, num_first: int, *, seed: int = 0) -> tuple["LazyDataset", "LazyDataset"]:
         """Return two disjoint random parts, the same as :meth:`Dataset.split`."""
-        if not 0 < num_first < self.num_examples:
-            raise data_error(
-                self.name, "no such split", f"1 to {self.num_examples - 1} examples", num_first
-            )
-        order = np.random.default_rng(seed).permutation(self.num_examples)
-        return self.take(np.sort(order[:num_first])), self.take(np.sort(order[num_first:]))
+        first, rest = split_rows(self.name, self.num_examples, num_first, seed)
+        return self.take(first), self.take(rest)
 
     def load(self, max_bytes: int | None = None) -> Dataset:
         """Return all of it in memory; what cannot be read is an error."""
@@ -283,12 +280,6 @@ def read_all(
 
     with ThreadPoolExecutor(num_cores()) as pool:
         return list(pool.map(read, map(int, rows)))
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 class Pictures:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from lowdim_diffusion.data._dataset import data_error
 from lowdim_diffusion.data._images import decode
-from lowdim_diffusion.data._lazy import LazyDataset, from_source, num_cores
+from lowdim_diffusion.data._lazy import LazyDataset, from_source
+from lowdim_diffusion.sharding import num_cores
 
 _IMAGES, _LABELS = ("image", "image/encoded"), ("label", "image/class/label")
 

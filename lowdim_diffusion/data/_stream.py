@@ -25,8 +25,8 @@ from lowdim_diffusion._checks import check_choice, check_int
 from lowdim_diffusion._types import Array, Batch, Int, PRNGKey, PyTree
 from lowdim_diffusion.data._batches import Batcher, check_order
 from lowdim_diffusion.data._dataset import DataError, data_error
-from lowdim_diffusion.data._lazy import LazyDataset, num_cores
-from lowdim_diffusion.sharding import AXIS, replicate, replicated
+from lowdim_diffusion.data._lazy import LazyDataset
+from lowdim_diffusion.sharding import AXIS, num_cores, replicate, replicated
 
 CHUNK_BYTES, CHUNK_EXAMPLES, CHUNK_STEPS = 2**26, 2**14, 1024
 """Largest chunk, over all processes: the first of these that is reached; one step at least."""
@@ -231,15 +231,17 @@ class Feed:
         flat = images.reshape(size * local, *dataset.data_shape), labels.reshape(-1)
         drawn, count = wanted.reshape(-1), rows.size
 
+        def put(place: int, row: int) -> None:
+            flat[0][place], flat[1][place] = dataset.example(row)
+            drawn[place] = row
+
         def fill(places: Sequence[int]) -> list[tuple[int, DataError]]:
             failed = []
             for place in places:
                 if self._closed:
                     break
                 try:
-                    row = self._instead.get(int(drawn[place]), int(drawn[place]))
-                    flat[0][place], flat[1][place] = dataset.example(row)
-                    drawn[place] = row
+                    put(place, self._instead.get(int(drawn[place]), int(drawn[place])))
                 except DataError as error:
                     failed.append((place, error))
             return failed
@@ -249,9 +251,7 @@ class Feed:
         end, stop = first + len(rows), None
         for place, error in failed:
             try:
-                row = self._replacement(int(drawn[place]), error)
-                flat[0][place], flat[1][place] = dataset.example(row)
-                drawn[place] = row
+                put(place, self._replacement(int(drawn[place]), error))
             except DataError as error:
                 end, stop = first + place // local, error
                 break

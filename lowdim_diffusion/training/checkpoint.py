@@ -49,6 +49,7 @@ from lowdim_diffusion import _files
 from lowdim_diffusion._checks import check_int
 from lowdim_diffusion._nested import nest
 from lowdim_diffusion._types import PyTree
+from lowdim_diffusion.sharding import is_writer
 from lowdim_diffusion.training import _leaves
 from lowdim_diffusion.training.step import new_guard
 
@@ -168,7 +169,7 @@ class Checkpointer:
         self._entered = False
 
     def __enter__(self) -> "Checkpointer":
-        if _is_writer():
+        if is_writer():
             with _io_errors(f"cannot use {self.root} for checkpoints"):
                 self.root.mkdir(parents=True, exist_ok=True)
                 self._clean()
@@ -217,7 +218,7 @@ class Checkpointer:
         leaves = _leaves.flatten(state)
         _leaves.check_storable(leaves)
         arrays = self._buffers = _leaves.to_hosts(leaves, self._buffers)
-        if not _is_writer():
+        if not is_writer():
             return
         newest = max(all_steps(self.root), default=-1)
         if step == newest and force:
@@ -732,10 +733,6 @@ def _move_aside(root: pathlib.Path, step: int) -> pathlib.Path | None:
 # --- processes, errors, noise --------------------------------------------------------------------
 
 
-def _is_writer() -> bool:
-    return jax.process_index() == 0
-
-
 def _alone() -> ocp.options.MultiprocessingOptions:
     """Orbax without barriers: one process reads and writes, and nobody waits for it."""
     index = jax.process_index()
@@ -749,7 +746,7 @@ def _shared(leaves: Mapping[str, Any], read: Callable[[], _Found | None]) -> _Fo
     if jax.process_count() == 1:
         return read()
     found, error = None, None
-    if _is_writer():
+    if is_writer():
         try:
             found = read()
         except Exception as reason:
