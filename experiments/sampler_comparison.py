@@ -9,7 +9,8 @@ four grids: uniform and quadratic in time, uniform in log-SNR, EDM's.
 Targets: a mixture of low-rank Gaussians in eight dimensions with its exact denoiser, under a
 variance-preserving, a variance-exploding and a rectified-flow schedule; and a trained network
 (``--run DIR``; without one, digits are trained here first), whose data are samples of an accurate
-run. A last part searches grids for a few steps (``sampling.search_sampler``).
+run. The network is compared on fewer grids and starts where each evaluation is dear (``cpu``). A
+last part searches grids for a few steps (``sampling.search_sampler``).
 
 References:
     Lu et al. 2022, arXiv 2211.01095, figures 2-3; Zhang & Chen 2023, arXiv 2204.13902, table 2;
@@ -66,37 +67,50 @@ SOLVERS: dict[str, dict[str, solvers.Solver]] = {
 SEARCHED = ("Euler (DDIM)", "Heun", "DPM-Solver++(2M)", "UniPC-3", "DEIS-3")
 
 
-class Preset(NamedTuple):
-    """Sizes of the experiment."""
+class Sizes(NamedTuple):
+    """How large the comparison on one target is."""
 
     budgets: tuple[int, ...]
-    per_family: int
-    """Solvers of each family, at most."""
+    grids: tuple[str, ...]
     num_starts: int
     num_samples: int
-    num_images: int
     num_directions: int
     reference_steps: int
     """Of Heun's method in the accurate run."""
-    train_steps: int
     searched: tuple[int, ...]
     num_generations: int
 
 
+class Preset(NamedTuple):
+    """Sizes of the experiment."""
+
+    per_family: int
+    """Solvers of each family, at most."""
+    mixture: Sizes
+    network: Sizes
+    train_steps: int
+
+
+GRIDS = ("uniform", "quadratic", "log-snr", "karras")
+FINE = (4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 250)
 PRESETS = {
-    "smoke": Preset((6,), 2, 32, 256, 4, 16, 40, 30, (4,), 2),
-    "cpu": Preset((5, 10, 20, 50, 100), 99, 256, 4096, 64, 128, 200, 2500, (4, 6, 10), 25),
-    "paper": Preset(
-        (4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 250),
+    "smoke": Preset(
+        2,
+        Sizes((6,), GRIDS, 32, 256, 16, 40, (4,), 2),
+        Sizes((6,), GRIDS, 4, 16, 16, 40, (4,), 2),
+        30,
+    ),
+    "cpu": Preset(
         99,
-        2048,
-        50_000,
-        512,
-        512,
-        1000,
+        Sizes((5, 10, 20, 50, 100), GRIDS, 256, 4096, 128, 200, (4, 6, 10), 25),
+        Sizes((5, 10, 20, 50), GRIDS[2:], 64, 256, 128, 100, (6, 10), 8),
+        2500,
+    ),
+    "paper": Preset(
+        99,
+        Sizes(FINE, GRIDS, 2048, 50_000, 512, 1000, (4, 6, 10), 60),
+        Sizes(FINE, GRIDS, 512, 2048, 512, 1000, (4, 6, 10), 60),
         20_000,
-        (4, 6, 10),
-        60,
     ),
 }
 
@@ -105,6 +119,7 @@ class Target(NamedTuple):
     """What is sampled."""
 
     name: str
+    sizes: Sizes
     schedule: Any
     denoise_fn: Callable[..., Any]
     x_T: jax.Array
@@ -121,7 +136,7 @@ class Target(NamedTuple):
         return 1.0 if self.clean else self.schedule.alpha(self.t_min)
 
 
-def mixtures(preset: Preset, key: jax.Array) -> list[Target]:
+def mixtures(sizes: Sizes, key: jax.Array) -> list[Target]:
     """Return the exact mixture under three schedules, noised to sigma / alpha = .01."""
     bases = linalg.random_frames(jax.random.key(0), 2, 8, 2)
     means = jnp.stack([0.6 * bases[0, :, 0], -0.6 * bases[0, :, 0]])
@@ -136,16 +151,17 @@ def mixtures(preset: Preset, key: jax.Array) -> list[Target]:
         keys = jax.random.split(key, 5)
         t_min = float(schedules.times_from_sigmas(schedule, 0.01))
         noisy = lambda k: (
-            p.sample(k, preset.num_samples)[0]
-            + 0.01 * jax.random.normal(jax.random.fold_in(k, 1), (preset.num_samples, 8))
+            p.sample(k, sizes.num_samples)[0]
+            + 0.01 * jax.random.normal(jax.random.fold_in(k, 1), (sizes.num_samples, 8))
         )
-        x_0, _ = p.sample(keys[0], preset.num_starts)
+        x_0, _ = p.sample(keys[0], sizes.num_starts)
         t = schedule.t_max
         noise = jax.random.normal(keys[1], x_0.shape)
         x_T = schedule.alpha(t) * x_0 + schedule.sigma(t) * noise
         found.append(
             Target(
                 f"mixture, {name}",
+                sizes,
                 schedule,
                 p.denoiser(schedule),
                 x_T,
@@ -158,7 +174,7 @@ def mixtures(preset: Preset, key: jax.Array) -> list[Target]:
     return found
 
 
-def network(path: str, preset: Preset, key: jax.Array) -> Target:
+def network(path: str, sizes: Sizes, key: jax.Array) -> Target:
     """Return a trained network; what it makes with many steps are its data."""
     run = load_run(path)
     schedule = run.model.schedule
@@ -171,15 +187,15 @@ def network(path: str, preset: Preset, key: jax.Array) -> Target:
     keys = jax.random.split(key, 3)
     data, other = (
         jax.jit(lambda x: accurate_ends(denoise_fn, schedule, grid, x, 64))(noise(k, count))
-        for k, count in zip(keys, (4 * preset.num_images,) * 2, strict=False)
+        for k, count in zip(keys, (sizes.num_samples,) * 2, strict=False)
     )
-    x_T = noise(keys[2], preset.num_images)
-    return Target(f"network {path}", schedule, denoise_fn, x_T, t_min, True, data, other)
+    x_T = noise(keys[2], sizes.num_starts)
+    return Target(f"network {path}", sizes, schedule, denoise_fn, x_T, t_min, True, data, other)
 
 
-def families(preset: Preset) -> dict[str, dict[str, solvers.Solver]]:
-    """Return the solvers that are compared, by family."""
-    few = lambda members: dict(itertools.islice(members.items(), preset.per_family))
+def families(per_family: int) -> dict[str, dict[str, solvers.Solver]]:
+    """Return the solvers that are compared, by family, at most so many of each."""
+    few = lambda members: dict(itertools.islice(members.items(), per_family))
     return {family: few(members) for family, members in SOLVERS.items()}
 
 
@@ -199,26 +215,27 @@ def spread_of(x: jax.Array) -> float:
     return float(jnp.sqrt(jnp.sum(jnp.var(x, axis=0))))
 
 
-def reference_ends(target: Target, num_steps: int) -> jax.Array:
+def reference_ends(target: Target) -> jax.Array:
     """Return where an accurate run carries the starts."""
     grid = usual_grids(target.schedule, 8, target.t_min, clean=target.clean)["log-snr"]
+    num_steps = target.sizes.reference_steps
     run = lambda x: accurate_ends(target.denoise_fn, target.schedule, grid, x, num_steps)
     return jax.jit(run)(target.x_T)
 
 
 def compare(
-    target: Target, reference: jax.Array, preset: Preset, key: jax.Array
+    target: Target, reference: jax.Array, per_family: int, key: jax.Array
 ) -> list[dict[str, Any]]:
     """Return tidy rows: one per solver, grid and budget."""
     spread = spread_of(target.data)
     schedule, dim = target.schedule, target.x_T[0].size
-    directions = jax.random.normal(key, (preset.num_directions, dim))
+    directions = jax.random.normal(key, (target.sizes.num_directions, dim))
     directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
     floor = float(sliced_distance(target.other, target.data, directions)) / spread
     rows = []
-    for family, members in families(preset).items():
+    for family, members in families(per_family).items():
         for name, solver in members.items():
-            for nfe in preset.budgets:
+            for nfe in target.sizes.budgets:
                 num_steps, cost = steps_for(solver, nfe, target.clean)
                 if num_steps < 2:
                     continue
@@ -239,9 +256,9 @@ def compare(
 
                     return jax.lax.map(one, ts)
 
-                every = jnp.stack([jnp.asarray(ts) for ts in grids.values()])
+                every = jnp.stack([jnp.asarray(grids[grid]) for grid in target.sizes.grids])
                 found = errors(every, target.x_T, target.data)
-                for grid, error in zip(grids, found.tolist(), strict=True):
+                for grid, error in zip(target.sizes.grids, found.tolist(), strict=True):
                     row = {"target": target.name, "family": family, "solver": name, "grid": grid}
                     row |= {"budget": nfe, "num_steps": num_steps, "nfe": cost}
                     row["measure"] = "law" if solver.stochastic else "ends"
@@ -250,13 +267,13 @@ def compare(
 
 
 def search(
-    target: Target, reference: jax.Array, preset: Preset, key: jax.Array
+    target: Target, reference: jax.Array, per_family: int, key: jax.Array
 ) -> list[dict[str, Any]]:
     """Return what searched grids reach with few evaluations, on starts kept apart."""
-    members = {name: s for family in families(preset).values() for name, s in family.items()}
+    members = {name: s for family in families(per_family).values() for name, s in family.items()}
     members = {name: solver for name, solver in members.items() if name in SEARCHED}
     rows = []
-    for nfe in preset.searched:
+    for nfe in target.sizes.searched:
         pays = lambda solver, nfe=nfe: steps_for(solver, nfe, target.clean)[0] > 1
         found = sampling.search_sampler(
             key,
@@ -268,7 +285,7 @@ def search(
             t_min=target.t_min,
             clean=target.clean,
             reference=reference,
-            num_generations=preset.num_generations,
+            num_generations=target.sizes.num_generations,
         )
         rows += [{"target": target.name, "budget": nfe, **row} for row in found.table]
     return rows
@@ -300,7 +317,7 @@ def show(report: reporting.Report, rows: list[dict[str, Any]], out: pathlib.Path
     figure.savefig(
         out / f"{name.replace('/', '_').replace(', ', '-').replace(' ', '_')}.png", dpi=150
     )
-    report.section(name, "Each solver on the best of four grids; the table has all of them.")
+    report.section(name, "Each solver on the best of the grids; the table has all of them.")
     report.figure(
         figure,
         "Left and middle: distance of the ends of single starts from those of an accurate run, "
@@ -342,13 +359,14 @@ def main() -> int:
         "Samplers compared", "error against evaluations of the denoiser, solver by solver"
     )
     rows, searched = [], []
-    for target in [*mixtures(preset, key), network(options.run, preset, key)]:
+    targets = [*mixtures(preset.mixture, key), network(options.run, preset.network, key)]
+    for target in targets:
         start = time.perf_counter()
-        reference = reference_ends(target, preset.reference_steps)
-        mine = compare(target, reference, preset, key)
+        reference = reference_ends(target)
+        mine = compare(target, reference, preset.per_family, key)
         rows += mine
         show(report, mine, out)
-        searched += search(target, reference, preset, key)
+        searched += search(target, reference, preset.per_family, key)
         print(f"{target.name}: {time.perf_counter() - start:.0f} s", flush=True)
     report.section("Searched grids", "Error before and after, on starts not searched with.")
     columns = ["target", "budget", "solver", "num_steps", "start", "given_error", "error"]
