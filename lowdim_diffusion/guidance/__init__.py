@@ -11,6 +11,9 @@ function                     what it returns
 ``reward``                   moved by the gradient of a reward, three rules
 ===========================  ===================================================================
 
+What guidance does is taken apart by ``linear_terms`` and ``local_terms`` into a mean shift, a
+positive and a negative contrastive part, each of which ``guided_by_terms`` scales by itself.
+
 Two more go beside a denoiser: ``langevin`` moves samples at a fixed noise level, which a
 composition needs to be exact; ``svdd`` makes of a stochastic solver one that follows a reward
 without its gradient.
@@ -30,6 +33,13 @@ from lowdim_diffusion.guidance.conditional import (
 )
 from lowdim_diffusion.guidance.gradient import RULES, Rule, classifier, reward
 from lowdim_diffusion.guidance.measurements import ddnm, dds, dps, mmps, pigdm, replacement
+from lowdim_diffusion.guidance.mechanism import (
+    GuidanceTerms,
+    TermsFn,
+    guided_by_terms,
+    linear_terms,
+    local_terms,
+)
 from lowdim_diffusion.guidance.operators import (
     LinearOperator,
     blur,
@@ -44,9 +54,11 @@ from lowdim_diffusion.guidance.soft_value import ValueFn, posterior_mean_value, 
 
 __all__ = [
     "RULES",
+    "GuidanceTerms",
     "LangevinResult",
     "LinearOperator",
     "Rule",
+    "TermsFn",
     "ValueFn",
     "autoguidance",
     "blur",
@@ -58,8 +70,11 @@ __all__ = [
     "dds",
     "downsampling",
     "dps",
+    "guided_by_terms",
     "inpainting",
     "langevin",
+    "linear_terms",
+    "local_terms",
     "matrix",
     "measure",
     "mmps",

@@ -50,6 +50,19 @@ METHODS = {
     "classifier_free_batched": lambda y, label: (
         lambda x, t: guidance.classifier_free_batched(labelled, 2, 2.0)(x, t, label),
     ),
+    "guided_by_terms": lambda y, label: (
+        guidance.guided_by_terms(
+            prior, guidance.linear_terms(PRIOR, OTHER, VP), mean_shift=0.5, positive=0.1 * y[:, 0]
+        ),
+    ),
+    "local terms": lambda y, label: (
+        guidance.guided_by_terms(
+            prior,
+            guidance.local_terms(prior, other, VP, PRIOR.mean, OTHER.mean),
+            negative=0.5,
+            rest=1.0,
+        ),
+    ),
     "autoguidance": lambda y, label: (guidance.autoguidance(prior, other, 1.5),),
     "compose": lambda y, label: (guidance.compose(prior, [other], [0.5]),),
     "classifier": lambda y, label: (guidance.classifier(prior, lambda x, t: pulled(x), VP, 0.1),),
