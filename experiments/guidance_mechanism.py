@@ -304,12 +304,12 @@ def report_gaussians(report: Any, rows: list[dict[str, Any]]) -> None:
     """The table of what each term does to two Gaussians."""
     report.section(
         "Two Gaussians",
-        "Samples of the class guided away from all data with the same weight on each of the terms "
-        f"named. The three add up to the guidance within {rows[0]['error']:.1e} of its size (asked: "
-        "1e-6). Standard deviations within the class are "
+        "Samples of the class guided away from all data, with the same weight on each of the "
+        "terms named. The three add up to the guidance within "
+        f"{rows[0]['error']:.1e} of its size (asked: 1e-6). Standard deviations within the class: "
         + ", ".join(f"{name} {c:g} ({u:g} in all data)" for name, (c, u) in SCALES.items())
-        + "; the mean is 3 along a direction of its own. Exactly guided, a direction has c^w u^(1 - "
-        f"w), w = {rows[0]['scale']:g}.",
+        + "; the mean is 3 along a direction of its own. Under all terms a direction has the "
+        f"standard deviation c^w u^(1 - w), w = {rows[0]['scale']:g}.",
     )
     names = ["mean", *(f"std_{name}" for name in SCALES)]
     report.table(

@@ -311,3 +311,22 @@ def test_sampler_comparison_knows_what_is_right(tmp_path):
     assert best("DPM-Solver++(2M)") < best("Euler (DDIM)")
     searched = list(csv.DictReader(open(tmp_path / "searched_grids.csv", encoding="utf-8")))
     assert all(float(r["error"]) < 1.2 * float(r["given_error"]) for r in searched)
+
+
+@pytest.mark.slow
+def test_guidance_mechanism_takes_gaussians_apart_as_known(tmp_path):
+    """c^w u^(1 - w) along each direction, noise floor included; the digits' files are written."""
+    command = [sys.executable, "-m", "experiments.guidance_mechanism", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "gaussians.csv", encoding="utf-8")))
+    found = {row["case"]: {k: float(v) for k, v in row.items() if k != "case"} for row in rows}
+    exact = lambda c, u, w: (c**2 + 0.01) ** (w / 2) * (u**2 + 0.01) ** ((1 - w) / 2)
+    for case, own, generic in (("all terms", 3, 3), ("positive", 3, 1), ("negative", 1, 3)):
+        np.testing.assert_allclose(found[case]["std_own"], exact(2.0, 0.5, own), rtol=0.06)
+        np.testing.assert_allclose(found[case]["std_generic"], exact(0.5, 2.0, generic), rtol=0.15)
+    assert found["mean shift"]["mean"] > 8 and abs(found["positive"]["mean"] - 3) < 0.05
+    assert found["all terms"]["error"] < 1e-6
+    levels = list(csv.DictReader(open(tmp_path / "levels.csv", encoding="utf-8")))
+    assert max(float(row["error_sum"]) for row in levels) < 1e-4
+    assert (tmp_path / "report.html").exists()

@@ -18,6 +18,7 @@ from lowdim_diffusion.subspaces.atlas import (
     step_length,
 )
 from lowdim_diffusion.subspaces.clustering import KSubspaces, assign_points, k_subspaces, starts
+from lowdim_diffusion.subspaces.gauge import gauge_residual, gauge_scores, gauged
 from lowdim_diffusion.subspaces.jacobian import (
     JacobianInfo,
     jacobian_asymmetry,
@@ -64,6 +65,9 @@ __all__ = [
     "coefficient_affinity",
     "dimension",
     "ensc",
+    "gauge_residual",
+    "gauge_scores",
+    "gauged",
     "geodesic_distance",
     "jacobian_asymmetry",
     "jacobian_frobenius",

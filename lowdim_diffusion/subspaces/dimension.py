@@ -661,6 +661,7 @@ def jacobian_rank(
     rule: Literal["energy", "above"] = "energy",
     threshold: float | None = None,
     chunk: int = 64,
+    symmetric: bool = False,
 ) -> Int[Array, " b"]:
     r"""Return the local dimension at each point as the numerical rank of the denoiser's Jacobian.
 
@@ -681,6 +682,7 @@ def jacobian_rank(
         rule: see above.
         threshold: in (0, 1), instead of 0.99 or 0.5.
         chunk: Jacobian products computed at once.
+        symmetric: take ``(J + J^T) / 2``, for networks whose Jacobians are not symmetric.
 
     Returns:
         ``[b]`` int32 in 0 .. n.
@@ -701,7 +703,7 @@ def jacobian_rank(
     threshold = {"energy": 0.99, "above": 0.5}[rule] if threshold is None else threshold
     check_range(where, "threshold", threshold, 0, 1, low_open=True, high_open=True)
     y, alpha, _ = _at_data(where, schedule, x, t)
-    s = jacobian_spectrum(lambda y: denoise_fn(y, t), y, chunk=chunk)
+    s = jacobian_spectrum(lambda y: denoise_fn(y, t), y, chunk=chunk, symmetric=symmetric)
     if rule == "energy":
         return numerical_rank(s, threshold)
     return jnp.sum(s * alpha[:, None].astype(s.dtype) > threshold, axis=1, dtype=jnp.int32)

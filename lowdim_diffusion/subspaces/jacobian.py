@@ -49,8 +49,12 @@ def _linearize(
     x: Array,
     mask: Any = None,
     chunk: int | None = None,
+    symmetric: bool = False,
 ) -> tuple[Any, Any, int, tuple[int, ...]]:
-    """Products of the flattened Jacobian with ``[b, n, w]`` and of its transpose, off one pass."""
+    """Products of the flattened Jacobian with ``[b, n, w]`` and of its transpose, off one pass.
+
+    With ``symmetric``, of its symmetric part.
+    """
     inside = None if mask is None else _inside(where, mask, jax.eval_shape(fn, x).shape)
     masked = fn if inside is None else lambda x: jnp.where(inside, fn(x), 0)
     y, jvp = jax.linearize(masked, x)
@@ -77,9 +81,17 @@ def _linearize(
 
         return run
 
+    dim = math.prod(x.shape[1:])
+    if symmetric:
+        if mask is not None or math.prod(y.shape[1:]) != dim:
+            expected = "as many outputs as inputs, and no mask"
+            raise fail(where, "the Jacobian has no symmetric part", expected, y.shape[1:])
+        half = lambda v: (jvp(v).reshape(x.shape) + transposed(v.reshape(y.shape))[0]) / 2
+        product = columns(half, x)
+        return product, product, dim, y.shape
     matmat = columns(jvp, x)
     rmatmat = columns(lambda v: transposed(v)[0], y)
-    return matmat, rmatmat, math.prod(x.shape[1:]), y.shape
+    return matmat, rmatmat, dim, y.shape
 
 
 def _largest(jaxpr: core.Jaxpr) -> int:
@@ -119,6 +131,7 @@ def jacobian_svd(
     tol: float = 1e-4,
     oversample: int = 8,
     chunk: int | None = None,
+    symmetric: bool = False,
     return_info: bool = False,
 ) -> Any:
     r"""Return the leading singular triplets of the Jacobian of ``fn`` at each example of ``x``.
@@ -149,6 +162,7 @@ def jacobian_svd(
         chunk: vectors pushed through at once, to bound the memory of the network's pass. None takes
             as many as keep its largest array within 64 MiB, and so all of a U-Net's near 1 GiB; all
             ``rank + oversample`` together for small images.
+        symmetric: take ``(J + J^T) / 2``, without a mask; see :func:`jacobian_asymmetry`.
         return_info: also return :class:`JacobianInfo`, which says whether it converged (and costs
             ``rank`` forward products more).
 
@@ -180,7 +194,7 @@ def jacobian_svd(
     check_int(where, "oversample", oversample, low=0)
     if chunk is not None:
         check_int(where, "chunk", chunk)
-    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk)
+    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk, symmetric)
     largest = min(dim, math.prod(out_shape[1:]))
     if rank > largest:
         raise fail(where, "rank too large", f"at most {largest}, min(n, out)", rank)
@@ -220,7 +234,12 @@ def _start_block(
 
 
 def jacobian_spectrum(
-    fn: Callable[[Array], Array], x: Float[Array, "b *data"], *, mask: Any = None, chunk: int = 64
+    fn: Callable[[Array], Array],
+    x: Float[Array, "b *data"],
+    *,
+    mask: Any = None,
+    chunk: int = 64,
+    symmetric: bool = False,
 ) -> Float[Array, "b m"]:
     """Return all ``m = min(n, out)`` singular values of the Jacobian of ``fn`` at each example.
 
@@ -233,6 +252,7 @@ def jacobian_spectrum(
         x: ``[b, *data]``.
         mask: ``[*out]`` or ``[b, *out]``, entries of the output to look at; None takes all.
         chunk: vectors pushed through at once; bounds the memory of the network's pass.
+        symmetric: take ``(J + J^T) / 2``, without a mask.
 
     Returns:
         ``[b, m]``, descending.
@@ -244,7 +264,7 @@ def jacobian_spectrum(
     """
     where = "jacobian_spectrum"
     check_int(where, "chunk", chunk)
-    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk)
+    matmat, rmatmat, dim, out_shape = _linearize(where, fn, x, mask, chunk, symmetric)
     out = math.prod(out_shape[1:])
     product, side = (matmat, dim) if dim <= out else (rmatmat, out)
 
@@ -321,7 +341,9 @@ def jacobian_asymmetry(
     The Jacobian of every exact denoiser is symmetric (it is a covariance up to scale), that of a
     network only as far as it has learned to be: 0 is symmetric, 1 typical of a matrix with
     independent entries, infinity antisymmetric. Subspaces read off an asymmetric Jacobian are not
-    those of the data's density.
+    those of the data's density: in the gauge of :func:`gauged` at strength c the right singular
+    vectors turn by about c, those of the symmetric part (``jacobian_svd(..., symmetric=True)``) by
+    half of that, the left ones by c squared. Their number stays.
 
     Args:
         key: draws the probes, as in :func:`jacobian_frobenius`.
