@@ -1,5 +1,14 @@
 """Generalization against memorization: nearest training examples and the scores built on them."""
 
+from lowdim_diffusion.generalization.collapse import (
+    Curation,
+    Mix,
+    Spread,
+    curate,
+    linear_collapse,
+    self_consuming,
+    spread,
+)
 from lowdim_diffusion.generalization.embeddings import (
     SSCD_THRESHOLD,
     Embedding,
@@ -90,4 +99,11 @@ __all__ = [
     "memorization_error",
     "probability_flow_distance",
     "rms_distance",
+    "Curation",
+    "Mix",
+    "Spread",
+    "curate",
+    "linear_collapse",
+    "self_consuming",
+    "spread",
 ]
