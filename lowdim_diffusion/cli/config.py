@@ -160,6 +160,8 @@ class ModelConfig:
     """lowrank: how the free parameter becomes orthonormal frames, or not."""
     joint: bool | None = option(name="lowrank")
     """lowrank: subspaces orthogonal to each other."""
+    cross_std: float | None = option(ge=0, lt=1, name="lowrank")
+    """lowrank: standard deviation of the data's noise in the subspaces of the other components."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from lowdim_diffusion.distributions._base import (
     resolvable_noise,
     set_fields,
 )
-from lowdim_diffusion.linalg import log_2pi
+from lowdim_diffusion.linalg import check_frames, log_2pi
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -147,6 +147,50 @@ class MoLRG(Distribution):
             scales=jnp.asarray(scales, bases.dtype),
             noise_std=jnp.asarray(noise_std, bases.dtype),
         )
+
+    @classmethod
+    def noisy(
+        cls, bases: ArrayLike, cross_std: ArrayLike, weights: ArrayLike | None = None
+    ) -> "MoLRG":
+        r"""Return the mixture whose examples have noise in the other components' subspaces.
+
+        .. math:: x_0 = U_k a + \delta \sum_{l \ne k} U_l e_l, \qquad
+            a, e_l \sim N(0, I_d),
+
+        the model of classes that share what is not their own, for mutually orthogonal subspaces.
+
+        Args:
+            bases: ``[K, n, d]``, ``[U_1 .. U_K]`` orthonormal together, which needs ``K d <= n``;
+                zero columns are left out, which is how unequal ranks are written.
+            cross_std: delta >= 0.
+            weights: ``[K]``, as for the class.
+
+        Raises:
+            ValueError: (outside ``jit``) for subspaces that are not orthogonal.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> MoLRG.noisy(jnp.eye(2)[:, :, None], 0.1).scales.round(3).tolist()
+            [[1.0, 0.100...], [1.0, 0.100...]]
+
+        References:
+            Li et al. 2025, arXiv 2502.05743 ("noisy MoLRG").
+        """
+        where = "MoLRG.noisy"
+        check_shape(where, "bases", bases, (None, None, None), "give [components, dim, rank]")
+        check_shape(where, "cross_std", cross_std, ())
+        check_range(where, "cross_std", cross_std, 0, high_open=True)
+        bases = real_array(bases)
+        num, dim, rank = bases.shape
+        if is_concrete(bases):
+            check_frames(
+                where, "[U_1 .. U_K]", np.moveaxis(np.asarray(bases), 0, 1).reshape(dim, -1)
+            )
+        own_first = jnp.stack([jnp.roll(bases, -k, axis=0) for k in range(num)])
+        columns = jnp.moveaxis(own_first, 1, 2).reshape(num, dim, num * rank)
+        sizes = jnp.full(num * rank, cross_std, bases.dtype).at[:rank].set(1)
+        scales = jnp.where(jnp.any(columns != 0, axis=1), sizes[None], 0)
+        return cls(columns, weights, scales=scales)
 
     def sample(
         self, key: PRNGKey, num_samples: int

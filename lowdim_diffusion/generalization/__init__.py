@@ -1,5 +1,13 @@
-"""Generalization against memorization: nearest training examples and the scores built on them."""
+"""Generalization against memorization: nearest training examples, scores, probes of features."""
 
+from lowdim_diffusion.generalization.class_snr import (
+    ClassSnr,
+    approximate_class_snr,
+    class_bases,
+    class_snr,
+    denoiser_snr,
+    feature_snr,
+)
 from lowdim_diffusion.generalization.collapse import (
     Curation,
     Mix,
@@ -39,6 +47,17 @@ from lowdim_diffusion.generalization.linear import (
     wiener_filter,
 )
 from lowdim_diffusion.generalization.noise_plane import noise_plane, noise_plane_labels
+from lowdim_diffusion.generalization.probes import (
+    LinearProbe,
+    NeighborProbe,
+    ProbeCurve,
+    ensemble_scores,
+    linear_probe,
+    neighbor_probe,
+    pool_features,
+    probe_accuracy,
+    probe_curve,
+)
 from lowdim_diffusion.generalization.quality import Quality, frechet_distance, precision_recall
 from lowdim_diffusion.generalization.scores import (
     Similar,
@@ -106,4 +125,19 @@ __all__ = [
     "linear_collapse",
     "self_consuming",
     "spread",
+    "ClassSnr",
+    "approximate_class_snr",
+    "class_bases",
+    "class_snr",
+    "denoiser_snr",
+    "feature_snr",
+    "LinearProbe",
+    "NeighborProbe",
+    "ProbeCurve",
+    "ensemble_scores",
+    "linear_probe",
+    "neighbor_probe",
+    "pool_features",
+    "probe_accuracy",
+    "probe_curve",
 ]

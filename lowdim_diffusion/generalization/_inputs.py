@@ -1,4 +1,4 @@
-"""Sets of examples as the scores of this room take them: not empty, finite, of one shape."""
+"""What the scores of this room take: examples, not empty, finite, of one shape; labels; times."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowdim_diffusion._checks import fail, is_concrete
+from lowdim_diffusion._checks import check_range, check_shape, fail, is_concrete
+from lowdim_diffusion._types import Array, Schedule
+from lowdim_diffusion.solvers._base import as_times
 
 
 def check_examples(where: str, **sets: Any) -> None:
@@ -48,3 +50,34 @@ def check_pairs(where: str, a: Any, b: Any) -> None:
     if jnp.shape(a) != jnp.shape(b):
         raise fail(where, "shape of b", f"that of a, {jnp.shape(a)}", jnp.shape(b))
     check_examples(where, a=a, b=b)
+
+
+def flat_features(where: str, name: str, h: Any) -> Array:
+    """Return ``h`` as floats ``[b, p]``; raise without an axis of features."""
+    h = jnp.asarray(h)
+    if h.ndim < 2 or 0 in h.shape:
+        raise fail(where, f"wrong shape of {name}", "[b, *features] with b >= 1", h.shape)
+    check_finite(where, name, h)
+    return h.reshape(len(h), -1).astype(jnp.promote_types(h.dtype, jnp.float32))
+
+
+def check_labels(where: str, labels: Any, num: int, num_classes: int) -> None:
+    """Raise unless there is one label for each of ``num`` examples, in ``0 .. num_classes - 1``."""
+    check_shape(where, "labels", labels, (num,), "give one class per example")
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        got = jnp.result_type(labels)
+        raise TypeError(f"{where}: labels must be integer classes, got {got}.")
+    fix = "num_classes counts the classes, from 0 on"
+    check_range(where, "labels", labels, 0, num_classes - 1, fix=fix)
+
+
+def level_times(where: str, schedule: Schedule, ts: Any, dtype: Any) -> Array:
+    """The times, refused if one has no noise or lies beyond the schedule."""
+    ts = as_times(ts)
+    if np.ndim(ts) > 1 or 0 in np.shape(ts):
+        raise fail(where, "wrong shape of ts", "() or (T,) with T >= 1", np.shape(ts))
+    if is_concrete(schedule.t_max):
+        high = float(schedule.t_max) * (1 + 1e-5)  # times found from noise levels are rounded
+        fix = "leave out t = 0, where a sampler's grid ends"
+        check_range(where, "ts", ts, 0, high, low_open=True, fix=fix)
+    return jnp.asarray(ts, dtype)

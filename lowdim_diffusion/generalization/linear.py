@@ -32,7 +32,6 @@ import numpy as np
 
 from lowdim_diffusion._checks import (
     check_int,
-    check_range,
     check_shape,
     check_time,
     fail,
@@ -41,9 +40,9 @@ from lowdim_diffusion._checks import (
 from lowdim_diffusion._types import Array, ArrayLike, DenoiseFn, Float, PRNGKey, Schedule
 from lowdim_diffusion.corruption import LOG_SNR_LIMIT
 from lowdim_diffusion.distributions import Gaussian
+from lowdim_diffusion.generalization._inputs import level_times
 from lowdim_diffusion.linalg import safe_sqrt
 from lowdim_diffusion.sharding import example_keys
-from lowdim_diffusion.solvers._base import as_times
 from lowdim_diffusion.subspaces.angles import affinity
 
 _RESERVE = 2  # noisy directions per dimension: with fewer, the fit is badly conditioned
@@ -62,18 +61,6 @@ def _examples(where: str, x: ArrayLike, least: int = 1) -> Array:
     if is_concrete(x) and not bool(jnp.all(jnp.isfinite(x))):
         raise fail(where, "x is not finite", "finite entries", "NaN or infinity")
     return x
-
-
-def _levels(where: str, schedule: Schedule, ts: Any, dtype: Any) -> Array:
-    """The times, refused if one has no noise or lies beyond the schedule."""
-    ts = as_times(ts)
-    if np.ndim(ts) > 1 or 0 in np.shape(ts):
-        raise fail(where, "wrong shape of ts", "() or (T,) with T >= 1", np.shape(ts))
-    if is_concrete(schedule.t_max):
-        high = float(schedule.t_max) * (1 + 1e-5)  # times found from noise levels are rounded
-        fix = "leave out t = 0, where a sampler's grid ends"
-        check_range(where, "ts", ts, 0, high, low_open=True, fix=fix)
-    return jnp.asarray(ts, dtype)
 
 
 def _blocks(num: int, block: int) -> tuple[int, int]:
@@ -177,7 +164,7 @@ def wiener_filter(p: Gaussian, schedule: Schedule, ts: Any) -> LinearDenoiser:
         ['0.50 x + 0.50', '0.10 x + 0.90']
     """
     dtype = p.mean.dtype
-    ts = jnp.atleast_1d(_levels("wiener_filter", schedule, ts, dtype))
+    ts = jnp.atleast_1d(level_times("wiener_filter", schedule, ts, dtype))
     origin = jnp.zeros((1, *p.mean.shape), dtype)
 
     def level(t: Array) -> tuple[Array, Array]:
@@ -248,7 +235,7 @@ def distill_linear(
     x = _examples(where, x)
     check_int(where, "num_draws", num_draws)
     check_int(where, "block", block)
-    ts = jnp.atleast_1d(_levels(where, schedule, ts, x.dtype))
+    ts = jnp.atleast_1d(level_times(where, schedule, ts, x.dtype))
     num, shape = x.shape[0], x.shape[1:]
     dim = math.prod(shape)
     if num * (num_draws + 1) < _RESERVE * dim:
@@ -412,7 +399,7 @@ def linearity_score(
     num, shape = x.shape[0], x.shape[1:]
     center = jnp.zeros(shape, x.dtype) if about is None else jnp.asarray(about, x.dtype)
     check_shape(where, "about", center, shape, "one example, such as x.mean(0)")
-    ts = _levels(where, schedule, ts, x.dtype)
+    ts = level_times(where, schedule, ts, x.dtype)
     c = jnp.asarray(c, x.dtype)
     combine = lambda a: jnp.einsum("k,bk...->b...", c, a, precision="highest")
     num_blocks, block = _blocks(num_tuples, block)
@@ -486,7 +473,7 @@ def denoiser_rmse(
     x = _examples(where, x)
     check_int(where, "num_draws", num_draws)
     check_int(where, "block", block)
-    ts = _levels(where, schedule, ts, x.dtype)
+    ts = level_times(where, schedule, ts, x.dtype)
     num, shape = x.shape[0], x.shape[1:]
     num_blocks, block = _blocks(num, block)
 

@@ -10,12 +10,23 @@ For ``x = x_0 + sigma eps`` and frames ``U_k``
 the exact posterior mean of an equal mixture of ``N(0, U_k U_k^T)``. With *hard* assignment ``w`` is
 the indicator of the largest ``||U_k^T .||``, taken of the clean example in training.
 
-Its one tap ``gated``, ``[b, K, d]``, is ``w_k U_k^T x / (1 + sigma^2)``: the example's coordinates,
-gated by its component. They make up the output, ``sum_k U_k gated_k``.
+With ``cross_std`` delta > 0 and jointly orthonormal frames it is that of the noisy mixture, whose
+examples also have noise delta in the subspaces of the other components
+(:meth:`lowdim_diffusion.distributions.MoLRG.noisy`):
+
+.. math::
+    \hat x_0 = \sum_k \bigl(\xi + (\zeta - \xi) w_k\bigr) U_k U_k^T x,\quad
+    \zeta = \frac1{1+\sigma^2},\quad \xi = \frac{\delta^2}{\delta^2+\sigma^2},\quad
+    \varphi = \frac{1-\delta^2}{2(\delta^2+\sigma^2)(1+\sigma^2)}.
+
+Its one tap ``gated``, ``[b, K, d]``, holds the example's coordinates ``U_k^T x``, gated by its
+component: times ``w_k / (1 + sigma^2)`` or ``xi + (zeta - xi) w_k``. They make up the output,
+``sum_k U_k gated_k``.
 
 References:
     Wang, Zhang, Zhang, Chen, Ma, Qu 2024, "Diffusion Models Learn Low-Dimensional Distributions via
-    Subspace Clustering", arXiv 2409.02426, lemma 1 and theorems 1-4.
+    Subspace Clustering", arXiv 2409.02426, lemma 1 and theorems 1-4. Li et al. 2025, arXiv
+    2502.05743, proposition 1 (the noisy mixture).
 """
 
 import math
@@ -25,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowdim_diffusion._checks import check_choice, check_int, check_shape, fail
+from lowdim_diffusion._checks import check_choice, check_int, check_range, check_shape, fail
 from lowdim_diffusion._types import Array, Float, Params
 from lowdim_diffusion.linalg import orthonormalize, polar, random_frames
 from lowdim_diffusion.networks._network import Network, check_data_shape, check_key, checked
@@ -46,6 +57,8 @@ class Config:
             frame) or ``"none"``.
         joint: make ``[U_1 .. U_K]`` orthonormal together, as theorem 3 assumes; needs ``K d <= n``.
         assignment: ``"soft"`` (soft-max) or ``"hard"`` weights.
+        cross_std: delta in [0, 1), noise of the data in the other components' subspaces; above 0 it
+            needs ``joint``.
     """
 
     data_shape: tuple[int, ...]
@@ -54,6 +67,7 @@ class Config:
     orthonormal: str = "qr"
     joint: bool = False
     assignment: str = "soft"
+    cross_std: float = 0.0
 
 
 def frames(
@@ -92,6 +106,10 @@ def build(config: Config) -> Network:
     check_int("lowrank", "rank", config.rank)
     check_choice("lowrank", "orthonormal", config.orthonormal, _ORTHONORMAL)
     check_choice("lowrank", "assignment", config.assignment, ("soft", "hard"))
+    check_range("lowrank", "cross_std", config.cross_std, 0, 1, high_open=True)
+    if config.cross_std and not config.joint:
+        fix = "noise in the other subspaces needs orthogonal ones"
+        raise fail("lowrank", f"cross_std {config.cross_std}", "joint=True", "joint=False", fix)
     if config.rank > dim:
         raise fail("lowrank", "rank too large", f"at most {dim}, the size of data", config.rank)
     if config.joint and config.orthonormal == "none":
@@ -125,14 +143,16 @@ def build(config: Config) -> Network:
             if clean is not None:
                 raise fail("lowrank.apply", "unexpected clean", "None with soft assignment", "x0")
             energy = jnp.sum(coefficients**2, axis=-1)
-            weights = _soft_weights(energy, c_noise.astype(x.dtype))
+            weights = _soft_weights(energy, c_noise.astype(x.dtype), config.cross_std)
         else:
             if clean is not None:
                 check_shape("lowrank.apply", "clean", clean, x.shape)
             chosen = coefficients if clean is None else inside(jnp.asarray(clean, x.dtype))
             best = jnp.argmax(jnp.sum(chosen**2, axis=-1), axis=-1)
             weights = jax.nn.one_hot(best, config.num_components, dtype=x.dtype)
-        return (weights / (1 + var)[:, None])[..., None] * coefficients
+        own, other = 1 / (1 + var), config.cross_std**2 / (config.cross_std**2 + var)
+        gain = other[:, None] + (own - other)[:, None] * weights
+        return gain[..., None] * coefficients
 
     def forward(
         params: Params,
@@ -164,13 +184,15 @@ def build(config: Config) -> Network:
     )
 
 
-def _soft_weights(energy: Array, c_noise: Array) -> Array:
+def _soft_weights(energy: Array, c_noise: Array, cross_std: float) -> Array:
     """Return ``softmax(phi energy)`` over the last axis, finite from sigma 1e-4 to 1e3.
 
     Energies are compared before ``phi`` (up to 5e7) multiplies them, so that rounding enters
     through their difference only.
     """
     log_var = 8 * c_noise
-    phi = 0.5 * jnp.exp(-log_var - jax.nn.softplus(log_var))
+    floor = 2 * math.log(cross_std) if cross_std else -math.inf
+    log_phi = -jnp.logaddexp(log_var, floor) - jax.nn.softplus(log_var)
+    phi = 0.5 * (1 - cross_std**2) * jnp.exp(log_phi)
     gap = energy - jax.lax.stop_gradient(jnp.max(energy, axis=-1, keepdims=True))
     return jax.nn.softmax(phi[:, None] * gap, axis=-1)

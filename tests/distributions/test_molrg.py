@@ -241,6 +241,22 @@ def test_moments_and_samples(x64, mixture_arguments):
         np.testing.assert_allclose(members.mean(0), p.means[k], atol=0.03)
 
 
+def test_noise_lies_in_the_subspaces_of_the_others(x64, key):
+    """Covariance U_k U_k^T + delta^2 of the others; a zero column stays out of all of them."""
+    bases = np.array(random_frames(key, 3, 8, 2, orthogonal=True, dtype=jnp.float64))
+    bases[1, :, 1] = 0
+    p = MoLRG.noisy(bases, 0.3, [0.5, 0.3, 0.2])
+    projectors = bases @ bases.transpose(0, 2, 1)
+    others = projectors.sum(0)[None] - projectors
+    shares = p.bases * p.scales[:, None, :]
+    np.testing.assert_allclose(
+        shares @ shares.transpose(0, 2, 1), projectors + 0.09 * others, atol=1e-12
+    )
+    np.testing.assert_allclose(p.weights, [0.5, 0.3, 0.2])
+    with pytest.raises(ValueError, match=r"MoLRG.noisy: \[U_1 .. U_K\] is no frame"):
+        MoLRG.noisy(frames(2, 8, 2), 0.3)
+
+
 def test_samples_without_floor_lie_on_their_subspace(x64, key):
     p = MoLRG(frames(3, 9, 4))
     x, labels = (np.asarray(value)[:300] for value in draw(p, key, NUM_DRAWS))

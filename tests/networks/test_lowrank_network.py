@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from lowdim_diffusion import networks
+from lowdim_diffusion import distributions, networks
 from lowdim_diffusion.networks import lowrank
 
 K, N, D = 3, 10, 2
@@ -16,31 +16,37 @@ def build(**config):
     return networks.make("lowrank", data_shape=(N,), num_components=K, rank=D, **config)
 
 
-def dense_posterior_mean(frames, x, sigma):
+def dense_posterior_mean(frames, x, sigma, cross_std=0.0):
     """E[x0 | x] of an equal mixture of N(0, U U^T) from n x n covariances (papers: lemma 1)."""
     out = np.zeros_like(x)
+    everything = cross_std**2 * sum(u @ u.T for u in frames)
+    clean = [(1 - cross_std**2) * u @ u.T + everything for u in frames]
     for b in range(len(x)):
-        covs = [u @ u.T + sigma[b] ** 2 * np.eye(N) for u in frames]
+        covs = [c + sigma[b] ** 2 * np.eye(N) for c in clean]
         logs = np.array(
             [-0.5 * np.linalg.slogdet(c)[1] - 0.5 * x[b] @ np.linalg.solve(c, x[b]) for c in covs]
         )
         weights = np.exp(logs - logsumexp(logs))
-        for w, u, c in zip(weights, frames, covs, strict=True):
-            out[b] += w * (u @ u.T @ np.linalg.solve(c, x[b]))
+        for w, own, c in zip(weights, clean, covs, strict=True):
+            out[b] += w * (own @ np.linalg.solve(c, x[b]))
     return out
 
 
 @pytest.mark.parametrize("orthonormal", ["qr", "polar"])
-@pytest.mark.parametrize("joint", [False, True])
-def test_is_the_exact_posterior_mean(x64, key, orthonormal, joint):
-    net = build(orthonormal=orthonormal, joint=joint)
+@pytest.mark.parametrize(("joint", "cross_std"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_is_the_exact_posterior_mean(x64, key, orthonormal, joint, cross_std):
+    net = build(orthonormal=orthonormal, joint=joint, cross_std=cross_std)
     params = {"bases": jax.random.normal(key, (K, N, D), jnp.float64)}
     frames = np.asarray(lowrank.frames(params["bases"], orthonormal=orthonormal, joint=joint))
     sigma = np.array([0.05, 0.3, 1.0, 5.0, 50.0])
     clean = np.einsum("nd,bd->bn", frames[0], np.random.default_rng(0).normal(size=(5, D)))
     x = clean + sigma[:, None] * np.random.default_rng(1).normal(size=(5, N))
     got = net.apply(params, jnp.asarray(x), jnp.log(sigma) / 4)
-    np.testing.assert_allclose(got, dense_posterior_mean(frames, x, sigma), rtol=1e-8, atol=1e-10)
+    exact = dense_posterior_mean(frames, x, sigma, cross_std)
+    np.testing.assert_allclose(got, exact, rtol=1e-8, atol=1e-10)
+    if joint:
+        p = distributions.MoLRG.noisy(frames, cross_std)
+        np.testing.assert_allclose(p.posterior_mean(x, 1.0, sigma), exact, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("orthonormal", ["qr", "polar"])

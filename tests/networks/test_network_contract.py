@@ -387,6 +387,7 @@ def test_bad_config(config, match):
             "joint=True: expected orthonormal frames",
         ),
         ("lowrank", dict(data_shape=(4,), assignment="sof"), "unknown assignment"),
+        ("lowrank", dict(data_shape=(4,), cross_std=0.2), "cross_std 0.2: expected joint=True"),
     ],
 )
 def test_bad_name_or_config(name, config, match):
