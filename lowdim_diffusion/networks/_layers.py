@@ -124,14 +124,17 @@ def group_norm(
         eps: added to the variance.
     """
     wide = _wide(x.dtype)
-    batch, channels = x.shape[0], x.shape[-1]
+    channels = x.shape[-1]
     entries = x.astype(wide)
-    of_group = lambda m: m.reshape(batch, num_groups, -1).mean(-1)
-    mean = of_group(entries.mean((1, 2)))
-    var = jnp.maximum(of_group((entries * entries).mean((1, 2))) - mean * mean, 0)
-    to_channels = lambda m: jnp.repeat(m, channels // num_groups, axis=1)
-    a = to_channels(jax.lax.rsqrt(var + eps)) * scale.astype(wide)[None]
-    b = bias.astype(wide)[None] - to_channels(mean) * a
+    # Between channels and groups by products, which XLA leaves outside the loops over entries, here
+    # and in the derivatives: there a group's numbers per entry would keep it from vectorising.
+    member = np.repeat(np.eye(num_groups, dtype=wide), channels // num_groups, axis=1)
+    product = lambda m, n: jnp.split(jnp.dot(jnp.concatenate(m), n, precision="highest"), 2)
+    moments = entries.mean((1, 2)), (entries * entries).mean((1, 2))
+    mean, square = product(moments, member.T / (channels // num_groups))
+    inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
+    a, b = product((inverse, -mean * inverse), member * scale.astype(wide)[None])
+    b = b + bias.astype(wide)[None]
     if film is not None:
         gain = 1 + film[0].astype(wide)
         a, b = a * gain, b * gain + film[1].astype(wide)
@@ -154,12 +157,17 @@ def modulate(x: Array, scale: Array, shift: Array) -> Array:
 
 def attend(q: Array, k: Array, v: Array, num_heads: int) -> Array:
     """Return soft-max attention of ``[b, tokens, features]`` arrays, the soft-max in float32."""
-    split = lambda a: a.reshape(*a.shape[:2], num_heads, -1)
-    q, k, v = split(q), split(k), split(v)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=_wide(q.dtype))
-    weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-    return mixed.reshape(*mixed.shape[:2], -1)
+
+    def one(qkv: tuple[Array, ...]) -> Array:
+        q, k, v = (a.reshape(a.shape[0], num_heads, -1).swapaxes(0, 1) for a in qkv)
+        logits = jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=_wide(q.dtype))
+        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("hqk,hkd->hqd", weights, v).swapaxes(0, 1)
+        return mixed.reshape(mixed.shape[0], -1)
+
+    # Of one example the weights, [heads, tokens, tokens], stay in the cache of a CPU.
+    one_by_one, together = functools.partial(jax.lax.map, one), jax.vmap(one)
+    return jax.lax.platform_dependent((q, k, v), cpu=one_by_one, default=together)
 
 
 def dropout(x: Array, rate: float, keys: Array | None, layer: int) -> Array:

@@ -63,7 +63,10 @@ def test_layer_norm_is_flax_layer_norm(x64):
     np.testing.assert_allclose(layers.layer_norm(x), module.apply({}, x), rtol=1e-9, atol=1e-9)
 
 
-def test_attention_is_flax_attention(x64):
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_attention_is_flax_attention(x64, platform, monkeypatch):
+    choose = lambda *args, **branches: branches[platform](*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     q, k, v = (normal(i, 2, 5, 6) for i in range(3))
     heads = lambda a: a.reshape(2, 5, 3, 2)
     expected = nn.dot_product_attention(heads(q), heads(k), heads(v)).reshape(2, 5, 6)
