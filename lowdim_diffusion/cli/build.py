@@ -202,7 +202,7 @@ def network(config: ModelConfig, dataset: data.Dataset | data.LazyDataset) -> ne
     if config.conditional:
         if not dataset.num_classes:
             raise ValueError(f"--model.conditional needs labels, and {dataset.name} has none.")
-        if config.name not in ("unet", "mlp", "dit"):
+        if config.name in ("lowrank", "linear"):
             raise ValueError(f"--model.conditional: the network {config.name!r} takes no labels.")
         options["num_classes"] = dataset.num_classes
     return networks.make(config.name, data_shape=dataset.data_shape, **options)

@@ -35,7 +35,7 @@ __all__ = [
     "settle",
 ]
 
-Network = Literal["unet", "mlp", "dit", "lowrank", "linear"]
+Network = Literal["unet", "mlp", "dit", "lowrank", "linear", "multistage_unet", "multistage_mlp"]
 Schedule = Literal["ve", "vp-linear", "vp-cosine", "rectified-flow"]
 Solver = Literal[
     "heun",
@@ -128,23 +128,25 @@ class ModelConfig:
     """Which network."""
     conditional: bool = False
     """Condition on the class labels of the data."""
-    dtype: Literal["float32", "bfloat16"] | None = option(name="unet mlp dit")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        name="unet multistage_unet mlp multistage_mlp dit"
+    )
     """unet, mlp, dit: arithmetic inside the network; parameters stay float32."""
-    channels: int | None = option(ge=1, name="unet")
+    channels: int | None = option(ge=1, name="unet multistage_unet")
     """unet: channels at the first resolution."""
-    channel_mult: tuple[int, ...] | None = option(ge=1, name="unet")
+    channel_mult: tuple[int, ...] | None = option(ge=1, name="unet multistage_unet")
     """unet: channels of each resolution, in multiples of the first."""
-    num_blocks: int | None = option(ge=1, name="unet")
+    num_blocks: int | None = option(ge=1, name="unet multistage_unet")
     """unet: residual blocks per resolution."""
-    attention: tuple[int, ...] | None = option(ge=1, name="unet")
+    attention: tuple[int, ...] | None = option(ge=1, name="unet multistage_unet")
     """unet: image sizes at which to attend."""
-    dropout: float | None = option(ge=0, lt=1, name="unet mlp dit")
+    dropout: float | None = option(ge=0, lt=1, name="unet multistage_unet mlp multistage_mlp dit")
     """unet, mlp, dit: dropout rate."""
-    width: int | None = option(ge=1, name="mlp dit")
+    width: int | None = option(ge=1, name="mlp multistage_mlp dit")
     """mlp, dit: features of a layer."""
-    depth: int | None = option(ge=1, name="mlp dit")
+    depth: int | None = option(ge=1, name="mlp multistage_mlp dit")
     """mlp, dit: number of blocks."""
-    num_heads: int | None = option(ge=1, name="unet dit")
+    num_heads: int | None = option(ge=1, name="unet multistage_unet dit")
     """unet, dit: attention heads."""
     patch_size: int | None = option(ge=1, name="dit")
     """dit: side of a patch."""
@@ -162,6 +164,14 @@ class ModelConfig:
     """lowrank: subspaces orthogonal to each other."""
     cross_std: float | None = option(ge=0, lt=1, name="lowrank")
     """lowrank: standard deviation of the data's noise in the subspaces of the other components."""
+    bounds: tuple[float, ...] | None = option(gt=0, name="multistage_unet multistage_mlp")
+    """multistage: ascending noise levels sigma / alpha between the stages."""
+    decoder_channels: tuple[int, ...] | None = option(ge=1, name="multistage_unet")
+    """multistage_unet: channels of each stage's decoder, low noise first."""
+    decoder_widths: tuple[int, ...] | None = option(ge=1, name="multistage_mlp")
+    """multistage_mlp: features of a layer in each stage's decoder, low noise first."""
+    decoder_depth: int | None = option(ge=1, name="multistage_mlp")
+    """multistage_mlp: residual blocks of a decoder."""
 
 
 @dataclass(frozen=True)

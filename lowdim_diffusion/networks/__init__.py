@@ -8,6 +8,8 @@ name                what                                                    data
 ``mlp``             a residual MLP                                          any, flattened
 ``unet``            a U-Net of the DDPM++ / EDM family                      images, NHWC
 ``dit``             a diffusion transformer                                 images, NHWC
+``multistage_mlp``  an MLP with a decoder per interval of noise levels      any, flattened
+``multistage_unet`` a U-Net with a decoder per interval of noise levels     images, NHWC
 ``diffusers_unet``  the U-Net of Hugging Face diffusers (DDPM, NCSN++)      images, NHWC
 ``song_unet``       the U-Net of the EDM releases (DDPM++, NCSN++)          images, NHWC
 ==================  ======================================================  ==============
@@ -27,6 +29,7 @@ name                taps, in the order of the run
 ``mlp``             ``hidden_i``: inside block i; ``block_i``: after it; ``last``: before the end
 ``unet``            ``encoder_l_i``, ``down_l``, ``middle_i``, ``up_l``, ``decoder_l_i``: blocks
 ``dit``             ``block_i`` ``[b, tokens, width]``: after each block
+``multistage_...``  those of encoder and middle; in decoder s ``stage_s.block_0`` and so on
 ``diffusers_unet``  each ResNet and attention module by its released name
 ``song_unet``       each block by its released name, ``enc.16x16_block0``
 ==================  ============================================================================
@@ -57,7 +60,17 @@ __all__ = [
     "save_weights",
 ]
 
-NAMES = ("diffusers_unet", "dit", "linear", "lowrank", "mlp", "song_unet", "unet")
+NAMES = (
+    "diffusers_unet",
+    "dit",
+    "linear",
+    "lowrank",
+    "mlp",
+    "multistage_mlp",
+    "multistage_unet",
+    "song_unet",
+    "unet",
+)
 
 
 def make(name: str, **config: Any) -> Network:

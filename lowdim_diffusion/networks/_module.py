@@ -56,11 +56,13 @@ def from_module(name: str, module: Any, config: Any) -> Network:
         _, state = module.apply({"params": params}, *inputs, mutable="taps")
         return dict(state["taps"]["all"])
 
-    abstract, taps = _trace(module, shape)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    c_noise = jax.ShapeDtypeStruct((1,), jnp.float32)
+    abstract, taps, _ = trace(module, x, c_noise)
     return Network(
         name,
         shape,
-        _initializer(name, abstract),
+        initializer(name, abstract),
         checked(f"{name}.apply", shape, forward, **options),
         asdict(config),
         num_classes=config.num_classes,
@@ -69,21 +71,20 @@ def from_module(name: str, module: Any, config: Any) -> Network:
     )
 
 
-def _trace(module: Any, data_shape: tuple[int, ...]) -> tuple[Params, tuple[str, ...]]:
-    """Return the parameters, abstract, and the names of the taps in the order of the run."""
+def trace(module: Any, *inputs: Any) -> tuple[Params, tuple[str, ...], Any]:
+    """Return the parameters and the output, abstract, and the taps in the order of the run."""
     taps: list[str] = []
 
-    def init(*inputs: Any) -> Params:
-        variables = module.init(*inputs)
+    def init(*inputs: Any) -> tuple[Params, Any]:
+        out, variables = module.init_with_output(*inputs)
         taps.extend(name for name, _ in variables["taps"]["all"])
-        return variables["params"]
+        return variables["params"], out
 
-    x = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
-    c_noise = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return jax.eval_shape(init, jax.random.key(0), x, c_noise), tuple(taps)
+    params, out = jax.eval_shape(init, jax.random.key(0), *inputs)
+    return params, tuple(taps), out
 
 
-def _initializer(name: str, abstract: Params) -> Callable[[PRNGKey], Params]:
+def initializer(name: str, abstract: Params) -> Callable[[PRNGKey], Params]:
     """Return ``key -> params`` for parameters of these shapes, named as above."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

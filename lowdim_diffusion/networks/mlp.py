@@ -45,26 +45,43 @@ class Config:
     dtype: str = "float32"
 
 
+def encode(parent: nn.Module, config: Config, x: Any, c_noise: Any, cond: Any, keys: Any) -> Any:
+    """Return the features after the blocks and ``e``; layers become ``parent``'s."""
+    emb = layers.Embedding(config.width, config.num_classes, name="embedding")
+    e = emb(c_noise, cond, x.dtype)
+    h = layers.Dense(config.width, name="in")(x.reshape(x.shape[0], -1))
+    return blocks(parent, h, e, keys, range(config.depth), config.dropout), e
+
+
+def blocks(parent: nn.Module, h: Any, e: Any, keys: Any, numbers: range, dropout: float) -> Array:
+    """Return ``h`` after the residual blocks of these numbers, all as wide as ``h``."""
+    width = h.shape[-1]
+    for i in numbers:
+        scale, shift = jnp.split(layers.Dense(2 * width, name=f"film_{i}")(e), 2, -1)
+        y = layers.Dense(width, name=f"first_{i}")(layers.layer_norm(h))
+        y = jax.nn.silu(layers.modulate(y, scale, shift))
+        layers.tap(parent, f"hidden_{i}", y)
+        y = layers.dropout(y, dropout, keys, i)
+        h = h + layers.Dense(width, name=f"second_{i}")(y)
+        layers.tap(parent, f"block_{i}", h)
+    return h
+
+
+def head(parent: nn.Module, h: Any, data_shape: tuple[int, ...]) -> Array:
+    """Return the output ``[b, *data_shape]``."""
+    y = jax.nn.silu(layers.layer_norm(h))
+    layers.tap(parent, "last", y)
+    y = layers.Dense(math.prod(data_shape), zero=True, name="out")(y)
+    return y.reshape(h.shape[0], *data_shape)
+
+
 class _MLP(nn.Module):
     config: Config
 
     @nn.compact
     def __call__(self, x: Any, c_noise: Any, cond: Any = None, keys: Any = None) -> Array:
-        config = self.config
-        emb = layers.Embedding(config.width, config.num_classes, name="embedding")
-        e = emb(c_noise, cond, x.dtype)
-        h = layers.Dense(config.width, name="in")(x.reshape(x.shape[0], -1))
-        for i in range(config.depth):
-            scale, shift = jnp.split(layers.Dense(2 * config.width, name=f"film_{i}")(e), 2, -1)
-            y = layers.Dense(config.width, name=f"first_{i}")(layers.layer_norm(h))
-            y = jax.nn.silu(layers.modulate(y, scale, shift))
-            layers.tap(self, f"hidden_{i}", y)
-            y = layers.dropout(y, config.dropout, keys, i)
-            h = h + layers.Dense(config.width, name=f"second_{i}")(y)
-            layers.tap(self, f"block_{i}", h)
-        y = jax.nn.silu(layers.layer_norm(h))
-        layers.tap(self, "last", y)
-        return layers.Dense(math.prod(config.data_shape), zero=True, name="out")(y).reshape(x.shape)
+        h, _ = encode(self, self.config, x, c_noise, cond, keys)
+        return head(self, h, self.config.data_shape)
 
 
 def build(config: Config) -> Network:

@@ -76,6 +76,14 @@ class Config:
         )
 
     @property
+    def margins(self) -> tuple[int, int]:
+        """Rows above and columns left of the image that are padding."""
+        return (
+            (self.padded[0] - self.data_shape[0]) // 2,
+            (self.padded[1] - self.data_shape[1]) // 2,
+        )
+
+    @property
     def heights(self) -> tuple[int, ...]:
         """Image height at each level."""
         return tuple(self.padded[0] // 2**level for level in range(len(self.channel_mult)))
@@ -127,63 +135,81 @@ def _resample(x: Array, how: str) -> Array:
     return x
 
 
+def encode(parent: nn.Module, config: Config, x: Any, c_noise: Any, cond: Any, keys: Any) -> Any:
+    """Return what a decoder reads: features, the skips and ``e``; layers become ``parent``'s."""
+    height, width, _ = config.data_shape
+    top, left = config.margins
+    below, right = config.padded[0] - height - top, config.padded[1] - width - left
+    if below or right:
+        x = jnp.pad(x, ((0, 0), (top, below), (left, right), (0, 0)), mode="edge")
+    emb = layers.Embedding(4 * config.channels, config.num_classes, name="embedding")
+    e = emb(c_noise, cond, x.dtype)
+    block = _blocks(parent, config, e, keys)
+    last = len(config.channel_mult) - 1
+    h = layers.Conv(config.channels * config.channel_mult[0], name="in")(x)
+    skips = [h]
+    for level in range(last + 1):
+        if level:
+            h = block(h, f"down_{level}", level, resample="down")
+            skips.append(h)
+        for i in range(config.num_blocks):
+            h = block(h, f"encoder_{level}_{i}", level, attend=True)
+            skips.append(h)
+    h = block(h, "middle_0", last, attend=True)
+    return block(h, "middle_1", last), skips, e
+
+
+def decode(parent: nn.Module, config: Config, encoded: Any, keys: Any) -> Array:
+    """Return the output for what :func:`encode` found, maybe with other ``channels``."""
+    h, skips, e = encoded
+    height, width, channels_out = config.data_shape
+    top, left = config.margins
+    skips = list(skips)
+    block = _blocks(parent, config, e, keys, done=len(skips) + 1)
+    last = len(config.channel_mult) - 1
+    for level in reversed(range(last + 1)):
+        if level != last:
+            h = block(h, f"up_{level}", level, resample="up")
+        for i in range(config.num_blocks + 1):
+            h = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = block(h, f"decoder_{level}_{i}", level, attend=i == config.num_blocks)
+    h = jax.nn.silu(layers.GroupNorm(name="norm")(h))
+    h = layers.Conv(channels_out, zero=True, name="out")(h)
+    return h[:, top : top + height, left : left + width]
+
+
+def _blocks(parent: nn.Module, config: Config, e: Any, keys: Any, done: int = 0) -> Any:
+    """Return ``(h, name, level) -> h``, the next block; ``done`` blocks came before."""
+    count = done
+
+    def block(h: Any, name: str, level: int, resample: str = "", attend: bool = False) -> Any:
+        nonlocal count
+        count += 1
+        attend = attend and config.heights[level] in config.attended
+        h = _Block(
+            channels=config.channels * config.channel_mult[level],
+            dropout=config.dropout,
+            index=count,
+            resample=resample,
+            num_heads=config.num_heads if attend else 0,
+            name=name,
+        )(h, e, keys)
+        layers.tap(parent, name, h)
+        return h
+
+    return block
+
+
 class _UNet(nn.Module):
     config: Config
 
     @nn.compact
     def __call__(self, x: Any, c_noise: Any, cond: Any = None, keys: Any = None) -> Array:
-        config = self.config
-        height, width, channels_out = config.data_shape
-        top, left = ((p - s) // 2 for p, s in zip(config.padded, (height, width), strict=True))
-        below, right = config.padded[0] - height - top, config.padded[1] - width - left
-        if below or right:
-            x = jnp.pad(x, ((0, 0), (top, below), (left, right), (0, 0)), mode="edge")
-        emb = layers.Embedding(4 * config.channels, config.num_classes, name="embedding")
-        e = emb(c_noise, cond, x.dtype)
-
-        heights = config.heights
-        last = len(heights) - 1
-        attend_at = config.attended
-        count = 0
-
-        def block(h: Any, name: str, level: int, resample: str = "", attend: bool = False) -> Any:
-            nonlocal count
-            count += 1
-            h = _Block(
-                channels=config.channels * config.channel_mult[level],
-                dropout=config.dropout,
-                index=count,
-                resample=resample,
-                num_heads=config.num_heads if attend and heights[level] in attend_at else 0,
-                name=name,
-            )(h, e, keys)
-            layers.tap(self, name, h)
-            return h
-
-        h = layers.Conv(config.channels * config.channel_mult[0], name="in")(x)
-        skips = [h]
-        for level in range(last + 1):
-            if level:
-                h = block(h, f"down_{level}", level, resample="down")
-                skips.append(h)
-            for i in range(config.num_blocks):
-                h = block(h, f"encoder_{level}_{i}", level, attend=True)
-                skips.append(h)
-        h = block(h, "middle_0", last, attend=True)
-        h = block(h, "middle_1", last)
-        for level in reversed(range(last + 1)):
-            if level != last:
-                h = block(h, f"up_{level}", level, resample="up")
-            for i in range(config.num_blocks + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = block(h, f"decoder_{level}_{i}", level, attend=i == config.num_blocks)
-        h = jax.nn.silu(layers.GroupNorm(name="norm")(h))
-        h = layers.Conv(channels_out, zero=True, name="out")(h)
-        return h[:, top : top + height, left : left + width]
+        return decode(self, self.config, encode(self, self.config, x, c_noise, cond, keys), keys)
 
 
-def build(config: Config) -> Network:
-    """Return the network."""
+def checked_config(config: Config) -> Config:
+    """Return the options, sequences as tuples; raise for those that do not fit."""
     data_shape = check_data_shape("unet", config.data_shape, 3)
     config = replace(config, data_shape=data_shape, channel_mult=tuple(config.channel_mult))
     check_common("unet", config)
@@ -209,4 +235,10 @@ def build(config: Config) -> Network:
                 f"a divisor of {config.channels * mult}",
                 config.num_heads,
             )
+    return config
+
+
+def build(config: Config) -> Network:
+    """Return the network."""
+    config = checked_config(config)
     return from_module("unet", _UNet(config), config)

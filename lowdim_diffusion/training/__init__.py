@@ -14,6 +14,12 @@ from lowdim_diffusion.training.fit import fit
 from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
 from lowdim_diffusion.training.progress import ConsoleMonitor, Monitor, Report
+from lowdim_diffusion.training.stages import (
+    StageSimilarity,
+    denoiser_similarity,
+    find_stages,
+    stage_similarity,
+)
 from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, make_train_step
 from lowdim_diffusion.training.subspace import SubspaceFit, denoising_loss, fit_subspaces
 from lowdim_diffusion.training.sweep import Sweep, sweep, table
@@ -27,6 +33,7 @@ __all__ = [
     "NonFiniteLossError",
     "Outcome",
     "Report",
+    "StageSimilarity",
     "StopSignal",
     "Stretch",
     "SubspaceFit",
@@ -35,8 +42,10 @@ __all__ = [
     "TrainStep",
     "checkpoint",
     "compile_loop",
+    "denoiser_similarity",
     "denoising_loss",
     "ema",
+    "find_stages",
     "fit",
     "fit_subspaces",
     "guards",
@@ -46,6 +55,7 @@ __all__ = [
     "programs",
     "rundir",
     "sinks",
+    "stage_similarity",
     "sweep",
     "table",
     "throughput",

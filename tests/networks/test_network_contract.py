@@ -48,18 +48,37 @@ CONFIGS = {
         dropout=0.5,
         num_classes=3,
     ),
+    "multistage_mlp": dict(
+        data_shape=(10,),
+        width=16,
+        depth=1,
+        bounds=(0.5,),
+        decoder_widths=(8, 12),
+        dropout=0.5,
+        num_classes=3,
+    ),
+    "multistage_unet": dict(
+        data_shape=(4, 3, 2),
+        channels=4,
+        channel_mult=(1,),
+        bounds=(0.5,),
+        decoder_channels=(8, 4),
+        dropout=0.5,
+        num_classes=3,
+    ),
 }
-RELEASED = ("diffusers_unet", "song_unet")  # whose quick tests are in test_pretrained.py
-IMAGES = ("unet", "dit", *RELEASED)
+# Their quick tests are in test_pretrained.py and test_multistage.py.
+ELSEWHERE = ("diffusers_unet", "song_unet", "multistage_unet")
+IMAGES = ("unet", "dit", *ELSEWHERE)
 
 
 def slow(names, which):
     return [n if n not in which else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-EVERY = pytest.mark.parametrize("name", slow(CONFIGS, RELEASED))
+EVERY = pytest.mark.parametrize("name", slow(CONFIGS, ELSEWHERE))
 SLOW_FOR_IMAGES = pytest.mark.parametrize("name", slow(CONFIGS, IMAGES))
-TRAINED = pytest.mark.parametrize("name", slow(["mlp", *IMAGES], RELEASED))
+TRAINED = pytest.mark.parametrize("name", slow(["mlp", "multistage_mlp", *IMAGES], ELSEWHERE))
 BATCH = 3
 
 
@@ -258,7 +277,7 @@ def test_sigma_zero_is_finite(name):
     chex.assert_tree_all_finite(jitted(name)(params, x, clean, labels(net)))
 
 
-@pytest.mark.parametrize("name", slow(["linear", "mlp", *IMAGES], RELEASED))
+@pytest.mark.parametrize("name", slow(["linear", "mlp", "multistage_mlp", *IMAGES], ELSEWHERE))
 def test_output_starts_at_zero(name):
     net, _ = build(name)
     x, c_noise = inputs(net)

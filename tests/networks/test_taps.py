@@ -13,6 +13,16 @@ CONFIGS = {
     "mlp": dict(data_shape=(6,), width=16, depth=2, num_classes=3),
     "dit": dict(data_shape=(4, 4, 1), width=16, depth=2, num_heads=2),
     "unet": dict(data_shape=(4, 4, 1), channels=4, channel_mult=(1, 1)),
+    "multistage_mlp": dict(
+        data_shape=(6,), width=16, depth=1, bounds=(0.5,), decoder_widths=(8, 12)
+    ),
+    "multistage_unet": dict(
+        data_shape=(4, 4, 1),
+        channels=4,
+        channel_mult=(1,),
+        bounds=(0.5,),
+        decoder_channels=(8, 4),
+    ),
     "song_unet": dict(
         data_shape=(4, 4, 1), channels=4, channel_mult=(1,), num_blocks=1, attention=()
     ),
@@ -34,6 +44,14 @@ TAPS = {
     "unet": (
         *("encoder_0_0", "down_1", "encoder_1_0", "middle_0", "middle_1", "decoder_1_0"),
         *("decoder_1_1", "up_0", "decoder_0_0", "decoder_0_1"),
+    ),
+    "multistage_mlp": (
+        *("hidden_0", "block_0", "stage_0.hidden_1", "stage_0.block_1", "stage_0.last"),
+        *("stage_1.hidden_1", "stage_1.block_1", "stage_1.last"),
+    ),
+    "multistage_unet": (
+        *("encoder_0_0", "middle_0", "middle_1", "stage_0.decoder_0_0", "stage_0.decoder_0_1"),
+        *("stage_1.decoder_0_0", "stage_1.decoder_0_1"),
     ),
     "song_unet": (
         *("enc.4x4_block0", "dec.4x4_in0", "dec.4x4_in1", "dec.4x4_block0", "dec.4x4_block1"),
