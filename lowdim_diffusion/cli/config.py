@@ -129,7 +129,7 @@ class ModelConfig:
     conditional: bool = False
     """Condition on the class labels of the data."""
     dtype: Literal["float32", "bfloat16"] | None = option(
-        name="unet multistage_unet mlp multistage_mlp dit"
+        name="unet mlp dit multistage_unet multistage_mlp"
     )
     """unet, mlp, dit: arithmetic inside the network; parameters stay float32."""
     channels: int | None = option(ge=1, name="unet multistage_unet")
@@ -140,13 +140,13 @@ class ModelConfig:
     """unet: residual blocks per resolution."""
     attention: tuple[int, ...] | None = option(ge=1, name="unet multistage_unet")
     """unet: image sizes at which to attend."""
-    dropout: float | None = option(ge=0, lt=1, name="unet multistage_unet mlp multistage_mlp dit")
+    dropout: float | None = option(ge=0, lt=1, name="unet mlp dit multistage_unet multistage_mlp")
     """unet, mlp, dit: dropout rate."""
-    width: int | None = option(ge=1, name="mlp multistage_mlp dit")
+    width: int | None = option(ge=1, name="mlp dit multistage_mlp")
     """mlp, dit: features of a layer."""
-    depth: int | None = option(ge=1, name="mlp multistage_mlp dit")
+    depth: int | None = option(ge=1, name="mlp dit multistage_mlp")
     """mlp, dit: number of blocks."""
-    num_heads: int | None = option(ge=1, name="unet multistage_unet dit")
+    num_heads: int | None = option(ge=1, name="unet dit multistage_unet")
     """unet, dit: attention heads."""
     patch_size: int | None = option(ge=1, name="dit")
     """dit: side of a patch."""
