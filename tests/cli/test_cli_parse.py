@@ -111,7 +111,7 @@ MISTAKES = [
     ("--model.channel-mult 1 x", "--model.channel-mult: expected a whole number, got 'x'"),
     ("--model.name dti", "got 'dti'; did you mean dit?"),
     ("--model.joint maybe --model.name lowrank", "expected true or false, got 'maybe'"),
-    ("--model.width 3", "--model.width belongs to --model.name mlp or dit or multistage_mlp, but name is 'unet'"),
+    ("--model.width 3", "belongs to --model.name mlp or dit or multistage_mlp, but name is 'unet'"),
     ("--sample.churn 3 --sample.solver euler", "--sample.churn belongs to --sample.solver heun"),
     ("--sample.rho 3 --sample.grid uniform", "--sample.rho belongs to --sample.grid karras"),
     ("--optim.final 0.1", "--optim.final belongs to --optim.decay cosine or linear"),
