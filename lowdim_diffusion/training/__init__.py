@@ -10,6 +10,15 @@ from lowdim_diffusion.training import (
     sinks,
     throughput,
 )
+from lowdim_diffusion.training.factorization import (
+    Compressed,
+    adapter_loss,
+    compress,
+    factor_product,
+    init_adapter,
+    merge_adapter,
+    orthogonal_factors,
+)
 from lowdim_diffusion.training.fit import fit
 from lowdim_diffusion.training.loop import Stretch, compile_loop
 from lowdim_diffusion.training.preemption import StopSignal
@@ -22,16 +31,19 @@ from lowdim_diffusion.training.stages import (
 )
 from lowdim_diffusion.training.step import TrainState, TrainStep, init_state, make_train_step
 from lowdim_diffusion.training.subspace import SubspaceFit, denoising_loss, fit_subspaces
+from lowdim_diffusion.training.subspace_training import ProjectionKind, random_subspace
 from lowdim_diffusion.training.sweep import Sweep, sweep, table
 from lowdim_diffusion.training.trainer import LossSpikeError, NonFiniteLossError, Outcome, train
 from lowdim_diffusion.training.transfer import transfer
 
 __all__ = [
+    "Compressed",
     "ConsoleMonitor",
     "LossSpikeError",
     "Monitor",
     "NonFiniteLossError",
     "Outcome",
+    "ProjectionKind",
     "Report",
     "StageSimilarity",
     "StopSignal",
@@ -40,19 +52,26 @@ __all__ = [
     "Sweep",
     "TrainState",
     "TrainStep",
+    "adapter_loss",
     "checkpoint",
     "compile_loop",
+    "compress",
     "denoiser_similarity",
     "denoising_loss",
     "ema",
+    "factor_product",
     "find_stages",
     "fit",
     "fit_subspaces",
     "guards",
+    "init_adapter",
     "init_state",
     "make_train_step",
+    "merge_adapter",
     "optimizers",
+    "orthogonal_factors",
     "programs",
+    "random_subspace",
     "rundir",
     "sinks",
     "stage_similarity",
