@@ -25,6 +25,7 @@ def test_cost_until_a_loss_is_reached():
     assert multistage.remaining(falling, flops, 0.5) == float("inf")
 
 
+@pytest.mark.slow
 def test_contenders_cost_the_same():
     preset = multistage.PRESETS["smoke"]
     nets = multistage.contenders(preset, (8, 8, 1), (12, 44, 8))
