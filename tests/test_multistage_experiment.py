@@ -25,13 +25,12 @@ def test_cost_until_a_loss_is_reached():
     assert multistage.remaining(falling, flops, 0.5) == float("inf")
 
 
-@pytest.mark.slow
 def test_contenders_cost_the_same():
     preset = multistage.PRESETS["smoke"]
     nets = multistage.contenders(preset, (8, 8, 1), (12, 44, 8))
     costs = {name: multistage.flops_per_call(net, 64) for name, net in nets.items()}
-    assert costs["separate"] == pytest.approx(costs["unified"], rel=0.01)
-    assert 0.95 < costs["multi-decoder"] / costs["unified"] < 1.006
+    assert costs["separate"] == costs["unified"]
+    assert 0.95 < costs["multi-decoder"] / costs["unified"] <= 1
     widths = nets["multi-decoder"].config["decoder_widths"]
     assert widths[0] > widths[1] > widths[2]
     shapes = jax.eval_shape(nets["separate"].init, jax.random.key(0))
