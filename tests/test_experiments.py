@@ -18,6 +18,7 @@ from experiments import (
     memorization_detector,
     phase_transition,
     probability_flow_distance,
+    representation_dynamics,
     subspace_clustering,
 )
 from lowdim_diffusion import (
@@ -330,3 +331,29 @@ def test_guidance_mechanism_takes_gaussians_apart_as_known(tmp_path):
     levels = list(csv.DictReader(open(tmp_path / "levels.csv", encoding="utf-8")))
     assert max(float(row["error_sum"]) for row in levels) < 1e-4
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_representation_dynamics_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.representation_dynamics", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lengths = {"mixture": 9, "images": 2 * 2 * 9, "label_noise": 5}  # N, checkpoints, levels
+    for table, length in lengths.items():
+        assert len((tmp_path / f"{table}.csv").read_text().splitlines()) == 1 + length
+    pictures = {"mixture_2.png", "images_linear.png", "images_neighbors.png", "images_snr.png"}
+    assert pictures | {"report.html"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_trained_autoencoder_has_the_ratio_of_the_exact_denoiser():
+    """Check 14: within 10 %, here of the published trained one as well; the peak is inside."""
+    preset = representation_dynamics.PRESETS["cpu"]._replace(num_judged=40_000)
+    case = representation_dynamics.MIXTURES["K = 2"]._replace(dim=12)  # n matters little
+    found = jax.jit(lambda key: representation_dynamics.study_mixture(key, case, preset))(
+        jax.random.key(0)
+    )
+    np.testing.assert_allclose(found["trained"], found["exact"], rtol=0.05)
+    np.testing.assert_allclose(found["trained"][1:], representation_dynamics.PUBLISHED, rtol=0.1)
+    assert int(jnp.argmax(found["trained"])) == 5
+    assert found["energies"][0] > 0.99 and found["energies"][-1] < 0.65
