@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import roof
+from benchmarks import peers, roof
 from lowdim_diffusion import _files
 from lowdim_diffusion.training import throughput
 
@@ -66,6 +66,8 @@ class Case(NamedTuple):
     """What is promised, in words."""
     most_rounds: int | None = None
     """Fewer rounds than usual, for a case whose calls repeat the work themselves."""
+    peers: tuple[str, ...] = ()
+    """Modules of other libraries (``peers.INSTALL``) without which variants are left out."""
 
 
 def jitted(
@@ -150,7 +152,9 @@ def run(
                 "times_ms": [1e3 * t for t in taken],
             }
         )
-    return {"case": case.name, "unit": case.unit, "size": size, "bar": case.bar, "rows": rows}
+    missing = peers.missing(case.peers)
+    about = {"case": case.name, "unit": case.unit, "size": size, "bar": case.bar}
+    return {**about, "rows": rows, "missing": missing}
 
 
 def ratios(mine: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -226,6 +230,10 @@ def table(result: dict[str, Any]) -> str:
             f"at most {b['at_most']:g}"
             for b in row["bars"]
         ]
+    lines += [
+        f"  left out, {module} is not installed: {command}"
+        for module, command in result["missing"].items()
+    ]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compare, harness, report, roof
+from benchmarks import compare, harness, peers, report, roof
 from benchmarks.cases import CASES
 
 
@@ -86,6 +86,18 @@ def test_changes_are_those_of_the_ratio_to_the_yardsticks(tmp_path, capsys):
     assert "not a benchmarks.json" in capsys.readouterr().err
 
 
+def test_a_missing_peer_is_named_with_what_installs_it(monkeypatch):
+    absent = lambda name: None if name in ("torch", "faiss") else object()
+    monkeypatch.setattr(peers.importlib.util, "find_spec", absent)
+    assert peers.missing(("torch", "sklearn", "faiss")) == {
+        "torch": peers.INSTALL["torch"],
+        "faiss": "pip install faiss-cpu",
+    }
+    assert peers.present("sklearn", "scipy") and not peers.present("sklearn", "torch")
+    for case in CASES.values():
+        assert set(case.peers) <= set(peers.INSTALL)
+
+
 def test_page_is_made_of_the_files(tmp_path):
     work = lambda x: x @ x
     build = lambda size: [
@@ -98,6 +110,9 @@ def test_page_is_made_of_the_files(tmp_path):
     assert mine["share_of_gemm"] == pytest.approx(mine["flops_per_s"] / 1e15)
     assert mine["peak_bytes"] >= 2 * 64 * 64 * 4
     assert [bar["against"] for bar in mine["bars"]] == ["theirs"] and mine["bars"][0]["met"]
+    assert found["missing"] == {} and "left out" not in harness.table(found)
+    lacking = found | {"missing": {"torch": "pip install torch"}}
+    assert "left out, torch is not installed: pip install torch" in harness.table(lacking)
     harness.write(tmp_path / "r.json", [found], roof.Roof(1e15, 1e9))
     assert report.main([str(tmp_path / "r.json"), "--out", str(tmp_path / "p.md")]) == 0
     page = (tmp_path / "p.md").read_text()

@@ -5,7 +5,9 @@ from benchmarks.cases import (
     denoisers,
     devices,
     distillation,
+    geometry,
     jacobians,
+    likelihoods,
     neighbours,
     samplers,
     startup,
@@ -27,6 +29,8 @@ CASES: dict[str, Case] = {
         sweeps,
         distillation,
         jacobians,
+        likelihoods,
+        geometry,
         neighbours,
         devices,
     )

@@ -10,7 +10,6 @@ References:
     Li, Dai, Qu 2024, arXiv 2410.24060, section 3.2 and the released script.
 """
 
-import importlib.util
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import peers
 from benchmarks.harness import Case, Variant, jitted
 from lowdim_diffusion import data, distributions, generalization, schedules
 
@@ -97,7 +97,7 @@ def _build(size: str) -> list[Variant]:
 
 def _torch(x: np.ndarray, sigma: float, num_steps: int) -> list[Variant]:
     """The script's loop, for one level."""
-    if importlib.util.find_spec("torch") is None:
+    if not peers.present("torch"):
         return []
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -128,5 +128,6 @@ CASES = [
         _build,
         "the closed form is faster than training at no larger error",
         most_rounds=3,
+        peers=("torch",),
     )
 ]

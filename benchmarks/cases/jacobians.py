@@ -148,5 +148,6 @@ CASES = [
         _build,
         "within 1e-3 of the dense values",
         most_rounds=3,
+        peers=("torch", "diffusers"),
     )
 ]

@@ -6,7 +6,6 @@ scikit-learn and faiss are left out where they are not installed (``pip install 
 faiss-cpu``).
 """
 
-import importlib.util
 import os
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import peers
 from benchmarks.harness import Case, Variant, jitted
 from lowdim_diffusion import neighbors
 
@@ -74,13 +74,13 @@ def _variants(size: str, k: int) -> list[Variant]:
     wrong = np.mean(np.asarray(ours.call().index)[few] != exact)
     if wrong:
         raise RuntimeError(f"nearest: {wrong:.1%} of the neighbours are not those of whole numbers")
-    if importlib.util.find_spec("sklearn"):
+    if peers.present("sklearn"):
         from sklearn.neighbors import NearestNeighbors
 
         fitted = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(yf)
         call = lambda: fitted.kneighbors(xf)
         variants.append(Variant("scikit-learn, brute", call, ours=False))
-    if importlib.util.find_spec("faiss"):
+    if peers.present("faiss"):
         import faiss  # pyright: ignore[reportMissingImports]
 
         faiss.omp_set_num_threads(os.cpu_count() or 1)
@@ -91,7 +91,8 @@ def _variants(size: str, k: int) -> list[Variant]:
 
 
 def _case(k: int) -> Case:
-    return Case(f"nearest-neighbours-{k}", "search", lambda size: _variants(size, k), most_rounds=3)
+    build, libraries = lambda size: _variants(size, k), ("sklearn", "faiss")
+    return Case(f"nearest-neighbours-{k}", "search", build, most_rounds=3, peers=libraries)
 
 
 CASES = [_case(k) for k in BARS]

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import peers
 from benchmarks.cases._nets import BATCH, CHANNELS, IMAGES
 from benchmarks.harness import Case, Variant, jitted
-from benchmarks.peers import samplers as peers
+from benchmarks.peers import samplers as loops
 from benchmarks.peers import unets
 from lowdim_diffusion import denoisers, linalg, sampling, schedules, sharding, solvers
 from lowdim_diffusion.distributions import MoLRG
@@ -18,17 +19,17 @@ STEPS = 18
 BETAS = schedules.beta_table("linear")
 SHAPE = {"smoke": (8, 48), "small": (64, 48), "medium": (256, 192), "large": (256, 3072)}
 OVERHEAD = {
-    "heun": (solvers.heun(), 18, 1.5),
-    "ddim": (solvers.ddim(), 50, 1.5),
-    "dpmpp": (solvers.dpmpp_2m(), 20, 2.6),
-    "ancestral": (solvers.ancestral(), 50, 1.5),
+    "heun": (solvers.heun(), 18, 1.5, loops.heun, 1 / 8),
+    "ddim": (solvers.ddim(), 50, 1.5, loops.euler, 1 / 8),
+    "dpmpp": (solvers.dpmpp_2m(), 20, 2.6, loops.dpmpp_2m, 1 / 4.6),
+    "ancestral": (solvers.ancestral(), 50, 1.5, None, None),
 }
-"""Solver, steps, and how much of the bare calls' time it may take."""
+"""Solver, steps, how much of the bare calls' time it may take; a loop in torch, and of its time."""
 
 
 def _overhead(name: str, size: str) -> list[Variant]:
     """An almost free denoiser, so that what remains is the sampler itself."""
-    solver, num_steps, most = OVERHEAD[name]
+    solver, num_steps, most, loop, most_of_loop = OVERHEAD[name]
     schedule, ts = schedules.VE(), schedules.karras_grid(num_steps)
     denoise_fn = lambda x, t: x / (1 + t**2)
     x = 80 * jax.random.normal(jax.random.key(0), SHAPE[size])
@@ -44,9 +45,20 @@ def _overhead(name: str, size: str) -> list[Variant]:
         jax.random.key(0),
         x,
         units=nfe,
-        bars={bare.name: most},
+        bars={bare.name: most, "torch, loop": most_of_loop or most},
     )
-    return [bare, ours]
+    if loop is None or not peers.present("torch"):
+        return [bare, ours]
+    import torch  # pyright: ignore[reportMissingImports]
+
+    start, sigmas = torch.tensor(np.asarray(x)), np.asarray(ts, np.float64)
+
+    def theirs() -> Any:
+        with torch.inference_mode():
+            return loop(denoise_fn, start, sigmas)
+
+    unets.check_close("torch, loop", theirs(), ours.call(), 1e-4)
+    return [bare, ours, Variant("torch, loop", theirs, nfe, ours=False)]
 
 
 def _calls_and_noise(denoise_fn: Any, ts: Any, nfe: int, x: Any) -> Variant:
@@ -144,8 +156,8 @@ def _heun_18(size: str) -> list[Variant]:
     variants = [ours, _calls(denoise_fn, ts, 35, x, len(x))]
     if model is None:
         return variants
-    denoise = peers.denoiser(model, BETAS)
-    theirs = lambda x: peers.edm_heun(denoise, x / alpha, sigmas)
+    denoise = loops.denoiser(model, BETAS)
+    theirs = lambda x: loops.edm_heun(denoise, x / alpha, sigmas)
     return [*variants, _theirs("torch, EDM's loop", ours, x, theirs)]
 
 
@@ -158,14 +170,14 @@ def _dpmpp_20(size: str) -> list[Variant]:
     variants = [ours, _calls(denoise_fn, ts, 20, x, len(x))]
     if model is None:
         return variants
-    scheduler = peers.diffusers_scheduler("DPMSolverMultistepScheduler", BETAS)
-    loop = lambda x: peers.diffusers_loop(model, scheduler, x, 20)
+    scheduler = loops.diffusers_scheduler("DPMSolverMultistepScheduler", BETAS)
+    loop = lambda x: loops.diffusers_loop(model, scheduler, x, 20)
     variants.append(_theirs("torch, diffusers", ours, x, loop))
-    if peers.has_k_diffusion():
+    if peers.present("k_diffusion"):
         levels = np.asarray(schedules.noise_levels(schedule, ts[:-1]), np.float64)
-        sigmas, denoise = np.append(levels, 0.0), peers.denoiser(model, BETAS)
+        sigmas, denoise = np.append(levels, 0.0), loops.denoiser(model, BETAS)
         alpha = float(schedule.alpha(ts[0]))
-        theirs = lambda x: peers.k_diffusion_2m(denoise, x / alpha, sigmas)
+        theirs = lambda x: loops.k_diffusion_2m(denoise, x / alpha, sigmas)
         variants.append(_theirs("torch, k-diffusion", ours, x, theirs))
     return variants
 
@@ -178,8 +190,8 @@ def _ddim_50(size: str) -> list[Variant]:
     variants = [ours, _calls(denoise_fn, ts, 50, x, len(x))]
     if model is None:
         return variants
-    scheduler = peers.diffusers_scheduler("DDIMScheduler", BETAS)
-    loop = lambda x: peers.diffusers_loop(model, scheduler, x, 50)
+    scheduler = loops.diffusers_scheduler("DDIMScheduler", BETAS)
+    loop = lambda x: loops.diffusers_loop(model, scheduler, x, 50)
     return [*variants, _theirs("torch, diffusers", ours, x, loop)]
 
 
@@ -193,8 +205,8 @@ def _ddim_50_jax(size: str) -> list[Variant]:
     x = jax.random.normal(jax.random.key(0), (BATCH[size], *shape))
     ours = _ours(denoise_fn, schedule, ts, x, solvers.ddim(), {"50 bare calls": 1.02})
     variants = [ours, _calls(denoise_fn, ts, 50, x, len(x))]
-    if peers.has_hackable_diffusion():
-        key, theirs = jax.random.key(0), peers.hackable_ddim(denoise_fn, 50)
+    if peers.present("hackable_diffusion"):
+        key, theirs = jax.random.key(0), loops.hackable_ddim(denoise_fn, 50)
         variants.append(jitted("hackable_diffusion", theirs, key, x, units=len(x), ours=False))
         unets.check_close("hackable_diffusion", variants[-1].call(), ours.call(), 5e-3)
     return variants
@@ -202,12 +214,29 @@ def _ddim_50_jax(size: str) -> list[Variant]:
 
 CASES = [
     *(
-        Case(f"sampler-overhead-{name}", "denoiser call", functools.partial(_overhead, name))
+        Case(
+            f"sampler-overhead-{name}",
+            "denoiser call",
+            functools.partial(_overhead, name),
+            peers=("torch",) if OVERHEAD[name][3] else (),
+        )
         for name in OVERHEAD
     ),
     Case("sampler-molrg", "sample", _exact),
-    Case("sampler-heun-18", "sample", _heun_18, most_rounds=5),
-    Case("sampler-dpmpp-20", "sample", _dpmpp_20, most_rounds=5),
-    Case("sampler-ddim-50", "sample", _ddim_50, most_rounds=5),
-    Case("sampler-ddim-50-jax", "sample", _ddim_50_jax, most_rounds=5),
+    Case("sampler-heun-18", "sample", _heun_18, most_rounds=5, peers=("torch", "diffusers")),
+    Case(
+        "sampler-dpmpp-20",
+        "sample",
+        _dpmpp_20,
+        most_rounds=5,
+        peers=("torch", "diffusers", "k_diffusion"),
+    ),
+    Case("sampler-ddim-50", "sample", _ddim_50, most_rounds=5, peers=("torch", "diffusers")),
+    Case(
+        "sampler-ddim-50-jax",
+        "sample",
+        _ddim_50_jax,
+        most_rounds=5,
+        peers=("hackable_diffusion",),
+    ),
 ]

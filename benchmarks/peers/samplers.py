@@ -5,8 +5,8 @@ And, in JAX, the sampler of google's hackable_diffusion. Each torch function ret
 denoiser of ``x / alpha``; it is wrapped as both libraries do it.
 """
 
-import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,17 +50,45 @@ def edm_heun(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> 
     return x.float()
 
 
+def euler(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
+    """Euler's steps in sigma, which are DDIM's, in the precision of ``x``."""
+    for now, after in itertools.pairwise(sigmas.tolist()):
+        x = x + (after - now) / now * (x - denoise(x, now))
+    return x
+
+
+def heun(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
+    """Heun's steps in sigma as in EDM, in the precision of ``x``."""
+    for now, after in itertools.pairwise(sigmas.tolist()):
+        slope = (x - denoise(x, now)) / now
+        ahead = x + (after - now) * slope
+        if after > 0:
+            slope = 0.5 * (slope + (ahead - denoise(ahead, after)) / after)
+            ahead = x + (after - now) * slope
+        x = ahead
+    return x
+
+
+def dpmpp_2m(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
+    """k-diffusion's loop of DPM-Solver++(2M), its coefficients on the host."""
+    old, step = None, 0.0
+    for now, after in itertools.pairwise(sigmas.tolist()):
+        found = denoise(x, now)
+        if after == 0:
+            return found
+        last, step = step, math.log(now / after)
+        half = 0.0 if old is None else 0.5 * step / last
+        point = found if old is None else (1 + half) * found - half * old
+        x, old = after / now * x + (1 - after / now) * point, found
+    return x
+
+
 def k_diffusion_2m(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
     """``k_diffusion.sampling.sample_dpmpp_2m``."""
     import torch  # pyright: ignore[reportMissingImports]
     from k_diffusion import sampling  # pyright: ignore[reportMissingImports]
 
     return sampling.sample_dpmpp_2m(denoise, x, torch.tensor(sigmas).float(), disable=True)
-
-
-def has_k_diffusion() -> bool:
-    """Return whether it is installed."""
-    return importlib.util.find_spec("k_diffusion") is not None
 
 
 def diffusers_loop(model: Any, scheduler: Any, x: Any, num_steps: int) -> Any:
@@ -79,11 +107,6 @@ def diffusers_scheduler(name: str, betas: np.ndarray) -> Any:
     if name == "DDIMScheduler":
         options["clip_sample"] = False
     return getattr(diffusers, name)(**options)
-
-
-def has_hackable_diffusion() -> bool:
-    """Return whether a clone of google's library is on the path."""
-    return importlib.util.find_spec("hackable_diffusion") is not None
 
 
 def hackable_ddim(denoise_fn: Callable[[Any, Any], Any], num_steps: int) -> Callable[..., Any]:

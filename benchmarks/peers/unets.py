@@ -1,6 +1,5 @@
 """One U-Net in two frameworks: diffusers' ``UNet2DModel`` in torch, and its weights in ours."""
 
-import importlib.util
 import pathlib
 import tempfile
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import peers
 from lowdim_diffusion import networks
 
 WEIGHTS = 0.15
@@ -33,7 +33,7 @@ def torch_model(shape: tuple[int, int, int], channels: int, *, forward_mode: boo
         channels: width of the first level.
         forward_mode: replace what has no ``torch.func.jvp`` (fused attention).
     """
-    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
+    if not peers.present("torch", "diffusers"):
         return None
     import diffusers  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
