@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "train a grid of options: processes here or SLURM jobs, one table",
     "runs": "compare runs: status, loss, speed, options that differ, curves",
     "edit": "edit a region of images along singular vectors of the Jacobian",
+    "watermark": "hide a key in images, and tell by it which are marked",
     "export": "write weights, denoiser or sampler for use elsewhere",
     "checkpoint": "list or verify a run's checkpoints, print the digest of one",
     "doctor": "say what is installed, what is missing, which devices there are",
