@@ -325,7 +325,7 @@ def test_guidance_mechanism_takes_gaussians_apart_as_known(tmp_path):
     exact = lambda c, u, w: (c**2 + 0.01) ** (w / 2) * (u**2 + 0.01) ** ((1 - w) / 2)
     for case, own, generic in (("all terms", 3, 3), ("positive", 3, 1), ("negative", 1, 3)):
         np.testing.assert_allclose(found[case]["std_own"], exact(2.0, 0.5, own), rtol=0.06)
-        np.testing.assert_allclose(found[case]["std_generic"], exact(0.5, 2.0, generic), rtol=0.15)
+        np.testing.assert_allclose(found[case]["std_generic"], exact(0.5, 2.0, generic), rtol=0.1)
     assert found["mean shift"]["mean"] > 8 and abs(found["positive"]["mean"] - 3) < 0.05
     assert found["all terms"]["error"] < 1e-6
     levels = list(csv.DictReader(open(tmp_path / "levels.csv", encoding="utf-8")))
@@ -357,3 +357,21 @@ def test_trained_autoencoder_has_the_ratio_of_the_exact_denoiser():
     np.testing.assert_allclose(found["trained"][1:], representation_dynamics.PUBLISHED, rtol=0.1)
     assert int(jnp.argmax(found["trained"])) == 5
     assert found["energies"][0] > 0.99 and found["energies"][-1] < 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["gauge", "networks", "objective"])
+def test_jacobian_trust_writes_its_results(part, tmp_path):
+    command = [sys.executable, "-m", "experiments.jacobian_trust", "--preset", "smoke"]
+    done = subprocess.run(
+        [*command, "--part", part, "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / f"{part}.csv", encoding="utf-8")))
+    assert len(rows) == {"gauge": 2, "networks": 4, "objective": 6}[part]
+    assert (tmp_path / "report.html").exists()
+    if part == "gauge":
+        plain, turned = ({k: float(v) for k, v in row.items()} for row in rows)
+        assert plain["sine_right"] < 1e-3 and turned["sine_right"] > 0.2
+        assert plain["rank"] == turned["rank"] == turned["normal_bundle"] == 5
+        assert abs(plain["covariance_error"] - turned["covariance_error"]) < 0.1

@@ -312,9 +312,10 @@ def optimizer(config: OptimConfig, num_steps: int) -> Any:
 
 
 def ema(config: TrainConfig) -> Any:
-    """Return the decay of the moving average, or None."""
+    """Return the decay of the moving average, or those of two, or None."""
     if config.ema_std is not None:
-        return training.ema.power(training.ema.gamma_from_std(config.ema_std))
+        stds = [std for std in (config.ema_std, config.ema_std_second) if std is not None]
+        return [training.ema.power(training.ema.gamma_from_std(std)) for std in stds]
     decay = 0.999 if config.ema is None else config.ema
     return training.ema.classic(decay) if decay else None
 

@@ -262,6 +262,8 @@ class TrainConfig:
     """Decay of the parameters' moving average that samples come from; unset 0.999, 0 keeps none."""
     ema_std: float | None = option(gt=0, lt=0.28)
     """Relative width of a power-function average instead (EDM2; 0.05 to 0.25)."""
+    ema_std_second: float | None = option(gt=0, lt=0.28)
+    """Width of a second one; of both 'lowdim export --ema-std' makes any other after training."""
     sample_every: int = option(0, ge=0)
     """Steps between sample grids in RUN/samples; 0 draws none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -451,6 +453,8 @@ def check(config: RunConfig) -> None:
             f"--train.batch-size {config.train.batch_size} does not divide into "
             f"--optim.accumulate {config.optim.accumulate} parts"
         )
+    if config.train.ema_std_second is not None and config.train.ema_std is None:
+        raise ValueError("--train.ema-std-second is a second average: set --train.ema-std as well")
     cadence = config.checkpoint
     if cadence.keep_every is not None and cadence.keep_every % cadence.every:
         raise ValueError(

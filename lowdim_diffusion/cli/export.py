@@ -34,6 +34,9 @@ class ExportArguments:
     """File or folder to write; unset: RUN/export/..."""
     average: bool = True
     """The moving average of the parameters; --no-average takes the last ones."""
+    ema_std: float | None = option(gt=0, lt=0.28)
+    """A power average of this relative width instead, made from all checkpoints up to this one; for
+    runs with --train.ema-std, best also --train.ema-std-second and --checkpoint.keep-every."""
     solver: Solver | None = None
     """sampler: which one."""
     steps: int | None = option(ge=1)
@@ -50,6 +53,7 @@ _EXAMPLES = """\
 lowdim export --run runs/digits
 lowdim train --init-from runs/digits/export/step4000-ema.safetensors ...
 lowdim export --run runs/mnist@best --format denoiser
+lowdim export --run runs/mnist --ema-std 0.15
 lowdim export --run runs/mnist --format sampler --solver dpmpp-2m --steps 12"""
 
 
@@ -71,7 +75,7 @@ def run(given: ExportArguments) -> int:
 
     from lowdim_diffusion import networks
     from lowdim_diffusion.cli import toml
-    from lowdim_diffusion.cli.loading import load_run
+    from lowdim_diffusion.cli.loading import load_run, reconstructed
     from lowdim_diffusion.cli.plan import bytes_text, state_bytes
     from lowdim_diffusion.training.programs import save_program
 
@@ -80,9 +84,16 @@ def run(given: ExportArguments) -> int:
             raise CommandError(
                 f"--{name} belongs to --format sampler, but format is {given.format!r}"
             )
+    if given.ema_std is not None and not given.average:
+        raise CommandError("--ema-std is of an average, but --no-average takes the last parameters")
     loaded = load_run(given.run)
     model, average = loaded.model, "ema" if given.average else "params"
-    params = jax.device_get(loaded.averaged if given.average else loaded.params)
+    params = loaded.averaged if given.average else loaded.params
+    if given.ema_std is not None:
+        average = f"ema{given.ema_std:g}"
+        params, how = reconstructed(loaded, given.ema_std)
+        print(f"average of width {given.ema_std:g} {how}")
+    params = jax.device_get(params)
     about = {
         "step": loaded.step,
         "weights": average,

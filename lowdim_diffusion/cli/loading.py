@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from lowdim_diffusion.networks.pretrained import PICKLED
 from lowdim_diffusion.networks.weights import is_own
 from lowdim_diffusion.training import checkpoint
 
-__all__ = ["LoadedRun", "Start", "continued", "load_run", "start"]
+__all__ = ["LoadedRun", "Start", "continued", "load_run", "reconstructed", "start"]
 
 
 class LoadedRun(NamedTuple):
@@ -84,6 +84,38 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     params, averages = state["params"], state.get("ema", {})
     data = found.meta["fixed"].get("data_sha256", "")
     return LoadedRun(root, model, found.step, params, averages.get("0", params), data)
+
+
+def reconstructed(loaded: LoadedRun, std: float) -> tuple[Params, str]:
+    """Return the power average of width ``std`` at the run's step, and how well it was made.
+
+    Raises:
+        CommandError: if the run keeps no power averages.
+    """
+    train, root = loaded.model.config.train, loaded.path / "checkpoints"
+    stds = [kept for kept in (train.ema_std, train.ema_std_second) if kept is not None]
+    steps = [step for step in checkpoint.all_steps(root) if 0 < step <= loaded.step]
+    if not stds or not steps:
+        raise CommandError(
+            "--ema-std needs checkpoints with power averages: train with --train.ema-std 0.05 "
+            "--train.ema-std-second 0.1 and --checkpoint.keep-every"
+        )
+    gammas = [training.ema.gamma_from_std(kept) for kept in stds]
+    found = training.ema.combination(
+        gammas * len(steps),
+        [step for step in steps for _ in stds],
+        gamma=training.ema.gamma_from_std(std),
+        step=loaded.step,
+    )
+
+    def snapshots() -> Iterator[Params]:
+        for step in steps:
+            averages = checkpoint.load(root, step, only=("ema",)).state["ema"]
+            yield from (averages[str(i)] for i in range(len(stds)))
+
+    made = jax.tree.map(jnp.asarray, training.ema.reconstruct(snapshots(), found))
+    kept = " and ".join(f"{std:g}" for std in stds)
+    return made, f"from {kept} at {len(steps)} checkpoints, {100 * found.error:.2g} % off"
 
 
 def _place(path: str) -> tuple[pathlib.Path, str]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -165,11 +166,33 @@ def test_exported_weights_stand_for_the_run(trained, tmp_path, capsys):
     assert "damaged" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_averages_of_any_width_are_made_after_training(tmp_path, capsys):
+    """That of a run which tracked this width, from checkpoints of one that tracked two others."""
+    train = lambda name, *options: main(["train", *RUN, *options, "--out", str(tmp_path / name)])
+    every = ["--checkpoint.every", "4", "--checkpoint.keep-every", "4"]
+    widths = ["--train.ema-std", "0.05", "--train.ema-std-second", "0.1"]
+    assert train("two", *widths, *every) == 0
+    assert train("one", "--train.ema-std", "0.15") == 0
+    capsys.readouterr()
+    assert main(["export", "--run", str(tmp_path / "two"), "--ema-std", "0.15"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"average of width 0.15 from 0.05 and 0.1 at 10 checkpoints, \d\S* % off", out)
+    made = load_run(str(tmp_path / "two" / "export" / "step40-ema0.15.safetensors")).params
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    wanted = flat(load_run(str(tmp_path / "one")).averaged)
+    kept = checkpoint.load(tmp_path / "two" / "checkpoints").state["ema"]
+    error = np.linalg.norm(flat(made) - wanted)
+    assert all(error < 0.1 * np.linalg.norm(flat(tree) - wanted) for tree in kept.values())
+
+
 def test_export_refuses_what_makes_no_sense(trained, tmp_path, capsys):
     for argv, words in (
         (["--steps", "3"], "--steps belongs to --format sampler"),
         (["--out", str(tmp_path / "w.npz")], ".safetensors"),
         (["--format", "sampler", "--solver", "eular"], "did you mean euler"),
+        (["--ema-std", "0.1"], "train with --train.ema-std 0.05 --train.ema-std-second 0.1"),
+        (["--ema-std", "0.1", "--no-average"], "--no-average takes the last parameters"),
     ):
         assert main(["export", "--run", str(trained), *argv]) == 2
         err = capsys.readouterr().err

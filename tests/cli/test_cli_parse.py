@@ -117,6 +117,7 @@ MISTAKES = [
     ("--optim.final 0.1", "--optim.final belongs to --optim.decay cosine or linear"),
     ("--optim.name muon --optim.beta1 0.5", "--optim.beta1 belongs to --optim.name adam"),
     ("--train.ema 0.9 --train.ema-std 0.1", "--train.ema belongs to --train.ema-std none"),
+    ("--train.ema-std-second 0.1", "a second average: set --train.ema-std as well"),
     ("--sample.sigma-max 200", "noise levels go from 0.002 to 80"),
     ("--preset mnits", "unknown preset 'mnits'; did you mean mnist?"),
     ("--preset zzz", "there are digits, demo, mnist"),
