@@ -160,6 +160,16 @@ def test_memory_does_not_grow_with_steps(name, save, key):
     assert many - few < one_state
 
 
+def test_deterministic_steps_draw_nothing(key):
+    """From given starts the program has no random operation; a stochastic one has."""
+    x_T = jnp.ones((4, 3))
+    for name in ("heun", "dpm_3", "dpmpp_3m", "deis_3", "unipc_3", "ghvb_2", "bdia", "ancestral"):
+        solver = ALL[name]
+        run = lambda key, solver=solver: sample(key, x_T, ts=TS, solver=solver).x
+        program = str(jax.make_jaxpr(run)(key))
+        assert ("random_bits" in program) == solver.stochastic, name
+
+
 NFE = {"heun": 11, "heun_churn": 11, "dpm_3": 16, "rk4": 21, "sde_heun": 11, "langevin": 11}
 NFE |= {"midpoint": 11, "dpm_2": 11, "edict": 12}
 
