@@ -323,6 +323,21 @@ def test_guidance_moves_samples_off_the_unconditional_ones(tmp_path, capsys):
     assert "needs guidance" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_multistage_network_trains_alike_on_two_devices_and_samples(tmp_path, capsys):
+    """Each device sorts its own examples by stage; the sums over both are those of one."""
+    edm = "--model.rank None --model.num-components None --loss.parametrization edm".split()
+    mine = "--model.name multistage_mlp --model.width 16 --model.depth 1".split()
+    mine += "--model.bounds 0.3 1 --model.decoder-widths 16 8 4 --train.steps 6".split()
+    sums = []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        assert train(out, *edm, *mine, "--devices", devices) == 0
+        sums.append(digest(out, capsys)["sum"])
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    assert main(["sample", "--run", str(out), "--num-samples", "8", "--steps", "4"]) == 0
+
+
 # ---- analysis -----------------------------------------------------------------------------------
 
 
