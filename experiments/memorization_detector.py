@@ -81,7 +81,7 @@ PRESETS = {
 
 MOST_OF_ONE = 5
 """Copies of one image that are judged: a model may copy one far more often than the others."""
-SCORES = ("spread", "spikiness", "stillness")
+SCORES = ("spread", "low spread", "spikiness", "stillness")
 PARAMETRIZATIONS: tuple[corruption.Parametrization, ...] = ("x0", "edm")
 SCHEDULE = schedules.VE()
 
@@ -191,7 +191,12 @@ def scores(model: Model, x: np.ndarray) -> dict[tuple[str, str, float], np.ndarr
         found = model.features(x, sigma, model.net.taps)
         spread = {tap: safety.representation_spread(h) for tap, h in found.items()}
         spikes = {tap: spikiness(h) for tap, h in found.items()}
-        return spread, spikes, -jnp.mean((model.denoiser()(x, sigma) - x) ** 2, axis=1)
+        return (
+            spread,
+            jax.tree.map(jnp.negative, spread),
+            spikes,
+            -jnp.mean((model.denoiser()(x, sigma) - x) ** 2, axis=1),
+        )
 
     table = {}
     for sigma in SIGMAS:
@@ -328,7 +333,7 @@ def draw_copies(
     found: Labelled,
 ) -> None:
     """Write AUROC curves and examples of both kinds."""
-    for score in SCORES[:2]:
+    for score in ("spread", "spikiness"):
         figure = figure_of_taps(rows, score)
         figure.savefig(out / f"{parametrization}_{score}.png", dpi=150)
         caption = f"Network predicting {parametrization}: {score} at each tap, copies and new."

@@ -259,7 +259,7 @@ def test_memorization_detector_writes_its_results(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     header, *rows = (tmp_path / "copies.csv").read_text().splitlines()
-    scores = 7 * (2 * 7 + 1)  # levels x (two scores at each tap, and stillness)
+    scores = 7 * (3 * 7 + 1)  # levels x (three scores at each tap, and stillness)
     assert "auroc_judged_on" in header and len(rows) % scores == 0 and rows
     assert len((tmp_path / "hallucinations.csv").read_text().splitlines()) == 1 + 29
     assert (tmp_path / "report.html").exists()

@@ -96,3 +96,14 @@ def test_paper_presets_can_be_built(module):
     width = preset.widths[1] if hasattr(preset, "widths") else preset.width
     net = generators.network(preset.recipe, width, (32, 32, 3))
     assert 55e6 < net.num_params < 65e6  # EDM's DDPM++ of base width 128 has 55.7 million
+
+
+@pytest.mark.slow
+def test_model_collapse_writes_its_results(tmp_path):
+    command = [sys.executable, "-m", "experiments.model_collapse", "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "violations of the bound: 0" in done.stdout
+    for name, rows in {"linear": 2 * 5, "gaussian": 6 * 5, "curation": 7 * 11}.items():
+        assert len((tmp_path / f"{name}.csv").read_text().splitlines()) == 1 + rows
+    assert (tmp_path / "report.html").exists() and (tmp_path / "gaussian_trace.png").exists()

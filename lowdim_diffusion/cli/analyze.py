@@ -28,8 +28,11 @@ class AnalyzeArguments:
     """Where the training data are now, if they have moved; needed for a pretrained network."""
     seed: int = option(0, ge=0, lt=2**32)
     """Seed of the samples."""
-    num_samples: int = option(64, ge=1)
-    """Samples to compare with the training data."""
+    memorization: bool = False
+    """List the training examples that samples reproduce, estimate how many more the model holds,
+    and judge detectors of copies by features."""
+    num_samples: int | None = option(ge=1)
+    """Samples to compare with the training data; unset takes 64, or 1000 with --memorization."""
     num_spectra: int | None = option(ge=1)
     """Of these, how many to follow with Jacobians; unset takes 4, or 1 where that is slow."""
     rank: int = option(16, ge=1)
@@ -43,6 +46,7 @@ Writes RUN/report.html and the numbers to RUN/analysis.npz."""
 _EXAMPLES = """\
 lowdim analyze --run runs/digits
 lowdim analyze --run runs/mnist --num-samples 256 --num-spectra 8
+lowdim analyze --run runs/mnist --memorization
 lowdim analyze --run runs/mnist --data /mnt/elsewhere/mnist"""
 
 
@@ -60,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(given: AnalyzeArguments) -> int:
     """Measure and report; return the exit code."""
-    from lowdim_diffusion.cli import analysis, build
+    from lowdim_diffusion.cli import analysis, build, drawing, memorization
     from lowdim_diffusion.cli.loading import load_run
 
     begin = time.monotonic()
@@ -76,27 +80,36 @@ def run(given: AnalyzeArguments) -> int:
     if loaded.data_sha256 and dataset.sha256 != loaded.data_sha256:
         notes.append("The data found now are not those that the run was trained on.")
         print(f"warning: {dataset.source or dataset.name} is not the data of this run")
+    num_samples = given.num_samples or (1000 if given.memorization else 64)
     measured = analysis.analyze(
         loaded,
         dataset,
-        num_samples=given.num_samples,
+        num_samples=num_samples,
         num_spectra=given.num_spectra,
         rank=given.rank,
         seed=given.seed,
         note=lambda text: print(text, flush=True),
     )
-    numbers = _write_numbers(loaded.path / "analysis.npz", measured)
-    report = _write_report(loaded, dataset, measured, notes)
+    held = None
+    if given.memorization:
+        print("looking for training examples among the samples", flush=True)
+        labels = drawing.default_labels(loaded.model, num_samples)
+        held = memorization.measure(loaded, dataset, measured.samples, labels)
+    numbers = _write_numbers(loaded.path / "analysis.npz", measured, held)
+    report = _write_report(loaded, dataset, measured, held, notes)
     print(_summary(measured))
+    if held is not None:
+        print("\n".join(memorization.summary(held)))
     print(f"measured in {time.monotonic() - begin:.1f} s")
     print(f"report   {report}\nnumbers  {numbers}")
     return ExitCode.DONE
 
 
-def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
+def _write_numbers(path: pathlib.Path, measured: Any, held: Any) -> pathlib.Path:
     """Write everything measured as arrays."""
     from lowdim_diffusion import subspaces
     from lowdim_diffusion._files import write_npz
+    from lowdim_diffusion.cli import memorization
 
     arrays = {
         "samples": measured.samples,
@@ -119,12 +132,16 @@ def _write_numbers(path: pathlib.Path, measured: Any) -> pathlib.Path:
         "exact_singular_values": measured.exact and measured.exact.values,
         "exact_rank_ratio": measured.exact and measured.exact.rank_ratio,
         **{f"angles: {name}": value for name, value in measured.angles.items()},
+        **({} if held is None else memorization.arrays(held)),
     }
     return write_npz(path, {k: v for k, v in arrays.items() if v is not None})
 
 
-def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) -> pathlib.Path:
+def _write_report(
+    loaded: Any, dataset: Any, measured: Any, held: Any, notes: list[str]
+) -> pathlib.Path:
     from lowdim_diffusion import reporting, subspaces
+    from lowdim_diffusion.cli import memorization
     from lowdim_diffusion.training.rundir import read_metrics
 
     rows = read_metrics(loaded.path / "metrics.jsonl")
@@ -158,6 +175,7 @@ def _write_report(loaded: Any, dataset: Any, measured: Any, notes: list[str]) ->
             measured.distance[:shown],
         ),
         memorized=measured.memorized,
+        copies=held and memorization.section(held, dataset, measured.samples),
         loss=tuple(zip(*losses, strict=True)) if losses else None,  # pyright: ignore[reportArgumentType]
         trajectory=(measured.trajectory, measured.sigmas),
         spectra=reporting.Spectra(

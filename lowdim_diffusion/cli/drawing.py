@@ -16,7 +16,7 @@ from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build
 from lowdim_diffusion.cli.config import SampleConfig
 
-__all__ = ["default_labels", "sampler", "save"]
+__all__ = ["default_labels", "result_sampler", "sampler", "save"]
 
 
 def sampler(
@@ -31,6 +31,18 @@ def sampler(
         config: how to sample; the run's own if None.
         mesh: devices.
     """
+    draw = result_sampler(model, config=config, mesh=mesh)
+    return lambda params, seed, labels=None: np.asarray(draw(params, seed, labels).x, np.float32)
+
+
+def result_sampler(
+    model: build.Model,
+    *,
+    config: SampleConfig | None = None,
+    mesh: Mesh | None = None,
+    save: str = "final",
+) -> Callable[[Params, int, Any], sampling.SampleResult]:
+    """Return what :func:`sampler` does, but with the trajectory that ``save`` asks for."""
     config = model.config.sample if config is None else config
     devices = 1 if mesh is None else mesh.size
     batch = math.ceil(min(config.batch_size, config.num_samples) / devices) * devices
@@ -49,19 +61,20 @@ def sampler(
             (config.num_samples, *model.net.data_shape),
             solver=build.solver(config),
             batch_size=batch,
+            save=save,
             cond=cond,
             mesh=mesh,
-        ).x
+        )
 
-    def draw(params: Params, seed: int, labels: Any = None) -> np.ndarray:
+    def draw(params: Params, seed: int, labels: Any) -> sampling.SampleResult:
         cond = None if labels is None else jnp.asarray(labels, jnp.int32)
-        x = np.asarray(run(params, jax.random.key(seed), cond), np.float32)
-        if not np.all(np.isfinite(x)):
+        result = run(params, jax.random.key(seed), cond)
+        if not np.all(np.isfinite(np.asarray(result.x))):
             raise FloatingPointError(
                 "the samples hold NaN or infinity; train longer or with a lower learning rate, or "
                 "start sampling at a lower noise level."
             )
-        return x
+        return result
 
     return draw
 

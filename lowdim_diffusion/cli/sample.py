@@ -54,6 +54,12 @@ class SampleArguments:
     """Classifier-free guidance, for a run trained with --loss.label-dropout; 1 is none."""
     guidance_interval: tuple[float, ...] | None = option(ge=0)
     """Guide only between these two noise levels, LOW HIGH."""
+    keep: float | None = option(gt=0, le=1)
+    """Write only this share, the samples whose predictions moved least at low noise: what lies
+    between modes of the data (a hallucination) wavers to the last."""
+    keep_sigma: float | None = option(gt=0)
+    """Largest noise level at which predictions are compared for --keep, about three standard
+    deviations of a mode; unset takes a fifth of the standard deviation of the data."""
     average: bool = True
     """Sample with the moving average of the parameters; --no-average takes the last ones."""
     devices: int | None = option(ge=1)
@@ -64,6 +70,7 @@ _EXAMPLES = """\
 lowdim sample --run runs/digits
 lowdim sample --run runs/mnist --solver dpmpp-2m --steps 12 --out samples.npz
 lowdim sample --run runs/mnist --solver heun --churn 20 --seed 1
+lowdim sample --run runs/mnist --num-samples 1000 --keep 0.96
 lowdim sample --run runs/labels --guidance 2 --guidance-interval 0.2 5"""
 
 
@@ -84,7 +91,7 @@ def run(given: SampleArguments) -> int:
     """Draw and write samples; return the exit code."""
     import numpy as np
 
-    from lowdim_diffusion import sharding
+    from lowdim_diffusion import safety, sharding
     from lowdim_diffusion.cli import drawing
     from lowdim_diffusion.cli.loading import load_run
 
@@ -105,22 +112,35 @@ def run(given: SampleArguments) -> int:
     labels = drawing.default_labels(model, config.num_samples)
     if given.label is not None:
         labels = np.full(config.num_samples, given.label, np.int32)
-    x = drawing.sampler(model, config=config, mesh=mesh)(params, given.seed, labels)
+    save = "final" if given.keep is None else "denoised"
+    draw = drawing.result_sampler(model, config=config, mesh=mesh, save=save)
+    result = draw(params, given.seed, labels)
+    x, calm = np.asarray(result.x, np.float32), None
+    if given.keep is not None:
+        max_sigma = given.keep_sigma or 0.2 * (model.config.loss.data_std or 1)
+        calm = safety.keep_calmest(result, model.schedule, given.keep, max_sigma=max_sigma)
+        x, labels = x[calm.rows], None if labels is None else labels[calm.rows]
     spent = time.monotonic() - begin
     name = f"step{loaded.step}-{config.solver}-{config.num_steps}-seed{given.seed}"
     name += "" if given.label is None else f"-label{given.label}"
     name += "" if config.guidance is None else f"-guidance{config.guidance:g}"
+    name += "" if given.keep is None else f"-keep{given.keep:g}"
     stem = loaded.path / "samples" / name
     if given.out is not None:
         stem = pathlib.Path(given.out)
         stem = stem.with_suffix("") if stem.suffix in (".npz", ".png") else stem
     about: dict[str, Any] = {"step": loaded.step, "seed": given.seed, "solver": config.solver}
     about |= {} if labels is None else {"labels": labels}
+    about |= {} if calm is None else {"index": calm.rows, "variance": calm.scores}
     written = drawing.save(stem, x, **about)
     print(
         f"{len(x)} samples of step {loaded.step} by {config.solver}, {config.num_steps} steps, in "
         f"{spent:.1f} s"
     )
+    if calm is not None:
+        print(
+            f"kept of {config.num_samples}, by the variance of predictions up to σ {max_sigma:.3g}"
+        )
     print("\n".join(map(str, written)))
     return ExitCode.DONE
 

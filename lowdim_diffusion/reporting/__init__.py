@@ -8,9 +8,10 @@ from lowdim_diffusion.reporting import figures
 from lowdim_diffusion.reporting.edit_page import write_edit_page
 from lowdim_diffusion.reporting.images import as_pictures, image_grid, png
 from lowdim_diffusion.reporting.report import Report
-from lowdim_diffusion.reporting.run_report import Neighbors, Spectra, write_html
+from lowdim_diffusion.reporting.run_report import Copies, Neighbors, Spectra, write_html
 
 __all__ = [
+    "Copies",
     "Neighbors",
     "Report",
     "Spectra",

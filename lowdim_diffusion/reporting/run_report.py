@@ -12,7 +12,7 @@ import numpy as np
 from lowdim_diffusion.reporting import figures
 from lowdim_diffusion.reporting.report import Report
 
-__all__ = ["Neighbors", "Spectra", "write_html"]
+__all__ = ["Copies", "Neighbors", "Spectra", "write_html"]
 
 
 class Neighbors(NamedTuple):
@@ -24,6 +24,23 @@ class Neighbors(NamedTuple):
     """``[N, *data]``, the nearest training example of each."""
     distances: Any
     """``[N]``, Euclidean."""
+
+
+class Copies(NamedTuple):
+    """Training examples that a model reproduces."""
+
+    summary: Mapping[str, Any]
+    """Key figures, label to value or to ``(value, note)``."""
+    samples: Any
+    """``[M, *data]``, the best copies; may be empty."""
+    originals: Any
+    """``[M, *data]``, what they copy."""
+    captions: Sequence[str]
+    """``M`` short texts."""
+    rows: Sequence[Sequence[Any]]
+    """Row in the training set, how often it was copied, smallest distance ratio, duplicates."""
+    total: int
+    """How many there are; ``rows`` may show the first ones."""
 
 
 class Spectra(NamedTuple):
@@ -53,6 +70,7 @@ def write_html(
     summary: Mapping[str, Any] | None = None,
     neighbors: Neighbors | None = None,
     memorized: float | None = None,
+    copies: Copies | None = None,
     loss: tuple[Any, Any] | None = None,
     loss_x_label: str = "training step",
     trajectory: tuple[Any, Any] | None = None,
@@ -75,6 +93,7 @@ def write_html(
         neighbors: samples beside their nearest training examples.
         memorized: share of samples that copy one training example; see
             :func:`lowdim_diffusion.generalization.memorized_fraction`.
+        copies: training examples that were found among the samples.
         loss: ``(steps [m], losses [m])``.
         loss_x_label: what the steps count.
         trajectory: ``(states [T, b, *data], sigmas [T])`` from noise to data.
@@ -104,6 +123,8 @@ def write_html(
         )
     if neighbors is not None:
         _neighbors(report, neighbors)
+    if copies is not None:
+        _copies(report, copies)
     if plots and (loss is not None or trajectory is not None):
         report.section("Training and sampling")
         if loss is not None:
@@ -150,6 +171,23 @@ def _neighbors(report: Report, neighbors: Neighbors) -> None:
     )
     distances = np.asarray(neighbors.distances, np.float64).reshape(-1)
     report.pairs(neighbors.samples, neighbors.nearest, [f"d = {d:.2f}" for d in distances])
+
+
+def _copies(report: Report, copies: Copies) -> None:
+    report.section(
+        "Memorized training examples",
+        "Training examples that samples reproduce. A copy is 3 times nearer to one example "
+        "than to any other; equal training examples count as one.",
+    )
+    report.cards(copies.summary)
+    if not copies.total:
+        return
+    first, second = ("Above", "below") if np.ndim(copies.samples) == 2 else ("Left", "right")
+    report.text(f"{first}: the best copy of each; {second}: the training example.")
+    report.pairs(copies.samples, copies.originals, copies.captions, right_name="training example")
+    columns = ["row in the training set", "copies", "distance ratio", "duplicates in rows"]
+    more = copies.total - len(copies.rows)
+    report.table(columns, copies.rows, caption=f"{more} more are in analysis.npz." * (more > 0))
 
 
 def _spectra(report: Report, spectra: Spectra, plots: bool) -> None:

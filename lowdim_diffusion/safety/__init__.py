@@ -21,9 +21,10 @@ from lowdim_diffusion.safety.extraction import (
 )
 from lowdim_diffusion.safety.rates import auroc, true_positive_rate
 from lowdim_diffusion.safety.relu import ReluAutoencoder, relu_autoencoder
-from lowdim_diffusion.safety.selection import Chosen, choose_score, keep_lowest
+from lowdim_diffusion.safety.selection import Calm, Chosen, choose_score, keep_calmest
 
 __all__ = [
+    "Calm",
     "Chosen",
     "Extractable",
     "Extraction",
@@ -34,7 +35,7 @@ __all__ = [
     "duplicates",
     "extractable",
     "extraction",
-    "keep_lowest",
+    "keep_calmest",
     "relu_autoencoder",
     "representation_spread",
     "trajectory_variance",

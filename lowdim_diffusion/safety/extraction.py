@@ -17,7 +17,7 @@ References:
 import hashlib
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Extraction(NamedTuple):
         """Training examples that differ."""
         return len(np.unique(self.group))
 
-    def duplicates(self, row: int) -> np.ndarray:
+    def duplicates(self, row: Any) -> np.ndarray:
         """Return the rows of the training examples that are the same as the one at ``row``."""
         return np.flatnonzero(self.group == self.group[row])
 

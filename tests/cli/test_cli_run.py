@@ -411,6 +411,50 @@ def test_analysis_says_when_the_data_have_changed(trained, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_kept_samples_are_those_whose_predictions_moved_least(trained, tmp_path, capsys):
+    def draw(*argv):
+        base = ["sample", "--run", str(trained), "--num-samples", "25", "--seed", "5", *argv]
+        assert main([*base, "--out", str(tmp_path / "x")]) == 0
+        return dict(np.load(tmp_path / "x.npz"))
+
+    every, kept = draw(), draw("--keep", "0.7", "--keep-sigma", "0.3")
+    assert "kept of 25, by the variance of predictions up to σ 0.3" in capsys.readouterr().out
+    scores, rows = kept["variance"], kept["index"]
+    assert len(rows) == 18 and scores[rows].max() <= np.delete(scores, rows).min()
+    np.testing.assert_allclose(kept["x"], every["x"][rows], atol=1e-5)
+    argv = ["sample", "--run", str(trained), "--keep", "0.7", "--keep-sigma", "0.001"]
+    assert main(argv) == 2
+    assert "take more steps, or raise max_sigma" in capsys.readouterr().err
+    assert main(["sample", "--run", str(trained), "--keep", "1.5"]) == 2
+
+
+@pytest.mark.slow
+def test_memorization_names_the_examples_that_a_run_holds(tmp_path, capsys):
+    """Eight vectors, one of them three times, for which a network is large enough."""
+    data = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    np.savez(tmp_path / "few.npz", x=np.concatenate([data, data[2:3], data[2:3]]))
+    out = tmp_path / "r"
+    argv = ["--data.path", str(tmp_path / "few.npz"), "--devices", "1", "--train.steps", "1500"]
+    network = "--model.name mlp --model.width 128 --model.depth 2 --optim.lr 0.002".split()
+    assert main(["train", "--out", str(out), *network, *argv]) == 0
+    argv = ["--num-samples", "200", "--num-spectra", "1", "--memorization"]
+    assert main(["analyze", "--run", str(out), *argv]) == 0
+    said = capsys.readouterr().out
+    found = dict(np.load(out / "analysis.npz"))
+    apart = np.linalg.norm(found["samples"][:, None] - data[None], axis=-1)
+    ranked = np.sort(apart, axis=1)
+    np.testing.assert_array_equal(found["is_copy"], ranked[:, 0] < ranked[:, 1] / 3)
+    assert found["is_copy"].mean() > 0.5 and found["copied_rows"][0] == 2
+    assert found["duplicate_of"].tolist() == [*range(8), 2, 2]
+    assert f"copies: {found['is_copy'].sum()} of 200" in said
+    assert f"training examples found: {len(found['copied_rows'])} of 8" in said
+    assert "duplicated training examples: 1 (occur up to 3 times; 1 of them" in said
+    text = (out / "report.html").read_text()
+    assert "Memorized training examples" in text and "8, 9</td>" in text
+    assert "is_copy" in found and found["extractable"].shape == (3,)
+
+
+@pytest.mark.slow
 def test_demo_goes_from_nothing_to_a_report(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--steps", "3", "--out", str(out), "--devices", "1"]) == 0

@@ -54,6 +54,11 @@ def full_report(path, **kwargs):
         "summary": {"parameters": 1234567, "speed": (812.34, "images/s")},
         "neighbors": reporting.Neighbors(pictures, pictures[::-1], np.arange(6) / 4),
         "memorized": 0.125,
+        "copies": reporting.Copies(
+            {"copies": ("3 of 9", "so many")},
+            *(pictures[:2], pictures[1:3], ["row 7, 2 x", "row 9, 1 x"]),
+            *([[7, 2, "0.100", "8, 30"]], 2),
+        ),
         "loss": (np.arange(50), np.linspace(3, 0.1, 50)),
         "trajectory": (rng.standard_normal((10, 2, 8, 8, 1)), sigmas),
         "spectra": reporting.Spectra(
@@ -89,7 +94,7 @@ def test_full_report_is_one_self_contained_page(tmp_path):
     identities = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(identities) == len(set(identities))
     targets = [a["href"][1:] for a in page.all("a")]
-    assert len(targets) == 7 and set(targets) <= set(identities)
+    assert len(targets) == 8 and set(targets) <= set(identities)
     used = [a.get("xlink:href", a.get("href", "")) for a in page.all("use")]
     assert used and {u[1:] for u in used} <= set(identities)
     assert figures.INK not in text.split("</style>", 1)[1]  # the ink follows the page
@@ -97,6 +102,7 @@ def test_full_report_is_one_self_contained_page(tmp_path):
     for shown in (
         "run <1>", 'a & "b"', "1,234,567", "812.3", "images/s", "12.5 %", "d = 1.25", "90.0°",
         "<script>alert(1)</script>", "lowdim train --out 'a b'", "0.10", "A note.", "0.707",
+        "3 of 9", "row 9, 1 x", "8, 30", "1 more are in analysis.npz.",
     ):  # fmt: skip
         assert shown in words, shown
 

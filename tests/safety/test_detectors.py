@@ -58,6 +58,34 @@ def test_hallucination_score_without_training():
     assert run(jax.random.key(0), 0.0)[0] == 0
 
 
+def test_filter_keeps_the_calmest_in_the_window():
+    """Windows are levels sigma / alpha, not times; shares are rounded up."""
+    schedule = schedules.VPLinear()
+    ts = np.array([0.9, 0.2, 0.1, 0.05], np.float32)
+    levels = np.asarray(schedules.noise_levels(schedule, jnp.asarray(ts)))
+    late = np.array([3.0, 1.0, np.nan, 2.0, 0.0], np.float32)
+    x0_hats = np.stack([9 * late[::-1], 9 * late[::-1], 0 * late, late])[..., None]
+    result = lambda x: sampling.SampleResult(*map(jnp.asarray, (x[-1], x, ts)), None, 4)
+    keep = lambda share: safety.keep_calmest(
+        result(x0_hats), schedule, share, max_sigma=float(levels[2]) + 1e-6
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        keep(0.6)
+    x0_hats[:, 2] = 100 * np.arange(4)[:, None]
+    assert keep(0.6).rows.tolist() == [1, 3, 4]
+    assert keep(0.61).rows.tolist() == [0, 1, 3, 4]
+    assert keep(1).rows.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(keep(1).scores[[0, 1, 3, 4]], late[[0, 1, 3, 4]] ** 2 / 4)
+    with pytest.raises(ValueError, match=r"2 steps or more.*the lowest are 0\."):
+        safety.keep_calmest(result(x0_hats), schedule, 0.5, max_sigma=1e-3)
+    with pytest.raises(ValueError, match='save="denoised"'):
+        safety.keep_calmest(
+            sampling.SampleResult(jnp.ones(5), None, None, None, 4), schedule, 0.5, max_sigma=1.0
+        )
+    with pytest.raises(ValueError, match=r"fraction.*\(0, 1\]"):
+        safety.keep_calmest(result(x0_hats), schedule, 1.5, max_sigma=1.0)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_fpr", [0.01, 0.04, 0.5])
 def test_rates_are_those_of_scikit_learn(tied, max_fpr):

@@ -94,22 +94,14 @@ def test_chosen_score_is_judged_on_the_other_half():
     scores = {str(i): draw.normal(size=60) for i in range(30)}
     chosen = safety.choose_score(scores, is_positive)
     first = np.concatenate([np.arange(20)[::2], np.arange(20, 60)[::2]])
-    lucky = float(safety.auroc(scores[chosen.name][first], is_positive[first]))
+    lucky = float(safety.auroc(chosen.sign * scores[chosen.name][first], is_positive[first]))
     assert lucky > 0.65 and chosen.auroc < lucky
-    scores |= {"true": is_positive + 0.3 * draw.normal(size=60)}
+    scores |= {"true": -is_positive + 0.3 * draw.normal(size=60)}
     chosen = safety.choose_score(scores, is_positive)
     rest = np.concatenate([np.arange(20)[1::2], np.arange(20, 60)[1::2]])
-    assert chosen.name == "true"
-    expected = safety.auroc(scores["true"][rest], is_positive[rest])
+    assert chosen.name == "true" and chosen.sign == -1
+    expected = safety.auroc(-scores["true"][rest], is_positive[rest])
     assert chosen.auroc == pytest.approx(float(expected))
-
-
-def test_filter_keeps_the_calmest():
-    scores = np.array([3.0, 1.0, np.nan, 2.0, 0.0])
-    assert safety.keep_lowest(scores, 0.6).tolist() == [1, 3, 4]
-    assert safety.keep_lowest(scores, 0.61).tolist() == [0, 1, 3, 4]
-    assert safety.keep_lowest(scores, 1).tolist() == [0, 1, 2, 3, 4]
-    assert len(safety.keep_lowest(np.arange(100), 0.96)) == 96
 
 
 def test_errors(unchecked):
@@ -122,7 +114,5 @@ def test_errors(unchecked):
         safety.extraction(x[:, :2], x)
     with pytest.raises(ValueError, match="two or more of either kind"):
         safety.choose_score({"a": x[0]}, np.array([True, False, False]))
-    with pytest.raises(ValueError, match=r"fraction.*\(0, 1\]"):
-        safety.keep_lowest(x[0], 1.5)
     with pytest.raises(ValueError, match="counts"):
         safety.extractable([0, 1])
