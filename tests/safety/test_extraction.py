@@ -96,7 +96,7 @@ def test_chosen_score_is_judged_on_the_other_half():
     first = np.concatenate([np.arange(20)[::2], np.arange(20, 60)[::2]])
     lucky = float(safety.auroc(chosen.sign * scores[chosen.name][first], is_positive[first]))
     assert lucky > 0.65 and chosen.auroc < lucky
-    scores |= {"true": -is_positive + 0.3 * draw.normal(size=60)}
+    scores |= {"true": 0.3 * draw.normal(size=60) - is_positive}
     chosen = safety.choose_score(scores, is_positive)
     rest = np.concatenate([np.arange(20)[1::2], np.arange(20, 60)[1::2]])
     assert chosen.name == "true" and chosen.sign == -1
