@@ -86,6 +86,7 @@ def test_local_terms_of_gaussians_are_the_linear_ones(x64):
         np.testing.assert_allclose(term, known, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_local_terms_of_a_mixture_use_its_posterior_covariance(x64):
     """Parts of a nonlinear pair: sigma^2 J is the posterior covariance; the four add up."""
     frames = jnp.linalg.qr(jax.random.normal(jax.random.key(2), (DIM, 4), float))[0]
@@ -115,6 +116,7 @@ def test_gradients_pass_where_eigenvalues_coincide(x64):
     np.testing.assert_allclose(jnp.sum(jax.grad(size)(x) * step), slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_equal_weights_are_classifier_free_guidance(x64):
     (p_c, p_u), ve = pair(), VE
     terms_fn, ts = guidance.linear_terms(p_c, p_u, ve), schedules.karras_grid(6)

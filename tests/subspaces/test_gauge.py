@@ -60,6 +60,7 @@ def field_of_a_mixture():
     return field, score, x
 
 
+@pytest.mark.slow
 def test_a_gauge_changes_no_marginal_and_another_field_does(x64):
     field, score, x = field_of_a_mixture()
     few = x[:5].reshape(5, 3, 2)  # any shape of data
@@ -87,6 +88,7 @@ def gauged_gaussian(strength):
     return p, basis, subspaces.gauged(p.denoiser(VE), VE, turning(), strength=strength)
 
 
+@pytest.mark.slow
 def test_gauge_keeps_samples_and_dimension_but_turns_the_subspace():
     """The table of Horvat & Pfister's example: covariance, dimension, angle, asymmetry."""
     key, x0 = jax.random.key(0), jax.random.normal(jax.random.key(1), (4, RANK))

@@ -15,9 +15,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unet", "dit"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_adapts_every_kernel_of_a_network(name, key):
     net = networks.make(name, **NETWORKS[name])
     shapes = jax.eval_shape(net.init, key)
@@ -46,6 +45,7 @@ def test_change_is_the_product_of_the_factors(key):
     np.testing.assert_array_equal(merged["conv"]["bias"], 1)
 
 
+@pytest.mark.slow
 def test_fine_tunes_a_denoiser_and_leaves_the_rest(key):
     """The loss falls by training factors of two kernels; every other leaf stays bit for bit."""
     net, schedule = networks.make("mlp", data_shape=(4,), width=16, depth=1), schedules.VE()
@@ -69,6 +69,7 @@ def test_fine_tunes_a_denoiser_and_leaves_the_rest(key):
     assert np.linalg.matrix_rank(change, tol=1e-4) <= 2 and abs(change).max() > 0.01
 
 
+@pytest.mark.slow
 def test_compressed_factors_follow_the_large_ones(x64):
     """Three factors of side 100, target of rank 3: moves of rank 6, equal losses to 1e-3."""
     n, rank, scale, rate, num_steps = 100, 3, 0.03, 0.1, 400
