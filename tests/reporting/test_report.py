@@ -137,7 +137,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     absent = lambda name, *a: None if name == "matplotlib" else real(name, *a)
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     page = Page(full_report(tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert page.all("svg") == [] and len(page.all("img")) == 12
+    assert page.all("svg") == [] and len(page.all("img")) == 16
     words = " ".join(page.text)
     assert "pip install 'lowdim-diffusion[plots]'" in words
     assert "largest singular value" in words  # the numbers stay
