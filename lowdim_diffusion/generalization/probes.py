@@ -92,7 +92,7 @@ def linear_probe(
 
     Features are standardised first, so that the penalty means the same for all of them; constant
     ones get no weight. ``penalty = 1 / (C N)`` is scikit-learn's ``LogisticRegression(C=C)`` on
-    standardised features.
+    standardised features. Gradients do not pass through the fit.
 
     Args:
         h: ``[N, *features]`` with p entries each. Memory is ``N p + p^2``: pool feature maps
@@ -308,7 +308,7 @@ def probe_curve(
         held_out: clean examples to judge on, ``[b, *data]``.
         held_out_labels: ``[b]``.
         num_classes: K.
-        fit: ``(features, labels, num_classes) -> probe``; :func:`linear_probe`,
+        fit: ``(features, labels, num_classes) -> probe``, traced; :func:`linear_probe`,
             :func:`neighbor_probe`, or one of them with its options bound.
         block: examples that go through ``features_fn`` at once.
 
