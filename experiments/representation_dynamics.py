@@ -229,9 +229,13 @@ def mixture(report: reporting.Report, options: argparse.Namespace) -> None:
             yscale="log",
         )
         axes = figure.axes[0]
-        axes.plot(SIGMAS, OPTIMAL[name], "o", color=reporting.figures.INK, label="reference")
-        axes.plot(SIGMAS, published, "x", color=reporting.figures.INK, label="published, trained")
-        axes.plot(SIGMAS, formula, ":", color=reporting.figures.INK, label="formula")
+        axes.lines[1].set_linestyle("--")  # it lies on the first
+        ring: Any = {"markersize": 9, "markerfacecolor": "none"}
+        draw: Any = functools.partial(axes.plot, SIGMAS)
+        ink = {"color": reporting.figures.INK}
+        draw(OPTIMAL[name], marker="o", linestyle="", label="reference", **ring, **ink)
+        draw(published, marker="x", linestyle="", label="published, trained", **ink)
+        draw(formula, linestyle=":", label="formula", **ink)
         axes.legend()
         stem = f"mixture_{case.num_classes}"
         figure.savefig(out / f"{stem}.png", dpi=150)
@@ -244,6 +248,7 @@ def mixture(report: reporting.Report, options: argparse.Namespace) -> None:
 TAPS = {"mlp": "hidden_1", "unet": "decoder_0_0"}
 """Where features are read unless ``--tap`` says otherwise."""
 NOISY_LABELS = tuple(PUBLISHED_ENSEMBLE)
+HELD_OUT = 50  # at least so many images judge the probes
 FAR = 1e4  # rows moved here are nobody's neighbours
 
 
@@ -398,12 +403,12 @@ def images(report: reporting.Report, options: argparse.Namespace) -> None:
     """Train, probe, and write ``images.csv``, ``label_noise.csv``, figures and a section."""
     preset, out = PRESETS[options.preset], options.out
     found = load(options, preset)
-    most = max(preset.counts)
-    if len(found.x) < most + 50:
-        counts = tuple(n for n in preset.counts if n <= len(found.x) - 50)
-        preset = preset._replace(counts=counts)
-        most = max(counts)
-    preset = preset._replace(num_labelled=min(preset.num_labelled, most))
+    counts = tuple(n for n in preset.counts if n + HELD_OUT <= len(found.x))
+    if not counts:
+        least = min(preset.counts) + HELD_OUT
+        raise SystemExit(f"{found.name}: {len(found.x)} images, at least {least} are needed")
+    most = max(counts)
+    preset = preset._replace(counts=counts, num_labelled=min(preset.num_labelled, most))
     model = model_of(options, found, preset)
     values = training.sweep(
         functools.partial(study_images, images=found, model=model, preset=preset),
