@@ -54,7 +54,7 @@ REFERENCE = {
     0.3: (".23 - .31", ".12 - .16"),
     1.0: (".43 - .49", ".24 - .28"),
 }
-"""Sine of the angle and asymmetry, measured elsewhere on such Gaussians, matrices scaled alike."""
+"""Sine of the angle and asymmetry, measured elsewhere with a matrix whose scale is not known."""
 
 
 class Preset(NamedTuple):
@@ -148,7 +148,7 @@ def run_gauge(preset: Preset, seed: int) -> list[dict[str, Any]]:
     """Return a row per strength."""
     p, matrix, key = law(seed), turning(seed), jax.random.key(seed + 1)
     x, _ = p.sample(key, preset.num_points)
-    ts = schedules.karras_grid(40)
+    ts = schedules.karras_grid(160)  # fewer are too few for the turning at c = 1
 
     @jax.jit
     def at(strength: Any) -> dict[str, jax.Array]:
