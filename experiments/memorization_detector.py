@@ -3,8 +3,10 @@
 *Copies.* A network is trained on digits, half of each batch from a few images shown over and over,
 half from many shown rarely: it memorizes the former and generalizes on the latter. Samples are
 labelled by their nearest training images, copies and new ones, and scored by the spread of the
-network's features at every tap and noise level. Beside it stand a measure of how spiky the features
-are whatever their size, and a baseline without features, how little denoising changes the sample.
+network's features at every tap and noise level, and by its negative (*low spread*), since late
+layers of networks in EDM's parametrization spread less on copies. Beside it stand a measure of how
+spiky the features are whatever their size, and a baseline without features, how little denoising
+changes the sample.
 Tap and level are chosen on one half of the samples and judged on the other. Real images check it:
 the copied ones, and as control those shown rarely, against held-out ones. All for a network that
 predicts the clean image, as the theory's does, and for one in EDM's parametrization.
@@ -321,7 +323,7 @@ def copies(report: reporting.Report, preset: Preset, out: pathlib.Path, seed: in
     )
     write_csv(out / "copies.csv", rows)
     for row in [columns, *text]:
-        widths = (9, 27, 9, 8, 5, 6, 10, 10)
+        widths = (9, 27, 10, 8, 5, 6, 10, 10)
         print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)))
 
 

@@ -8,7 +8,7 @@ direction, though the mean of their total variance stays; with a noise floor the
 Accumulated data, or a tenth of real ones, hold it.
 
 *Curation*: of K samples the better ones are kept. The exact law on eight states beside a sampled
-loop: the mean reward never falls and rises at least as promised, and all ends on the best state,
+loop: E exp(reward) never falls and rises at least as promised, and all ends on the best state,
 unless real data hold it.
 
 References:
