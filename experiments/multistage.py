@@ -259,7 +259,7 @@ def total(curve: Curve, sizes: tuple[int, ...]) -> np.ndarray:
     return curve.loss @ np.array(sizes) / sum(sizes)
 
 
-def remaining(mine: np.ndarray, flops: np.ndarray, goal: float) -> float:
+def cost_until(mine: np.ndarray, flops: np.ndarray, goal: float) -> float:
     """Return the operations at which a falling curve reaches ``goal``, infinity if it does not."""
     best = np.minimum.accumulate(mine)
     if best[-1] > goal:
@@ -272,10 +272,14 @@ def remaining(mine: np.ndarray, flops: np.ndarray, goal: float) -> float:
 
 
 def compare(curves: dict[str, Curve], sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return one row per network: final losses, difference to the unified one, cost to equal it."""
+    """Return one row per network: final losses, difference to the unified one, cost to equal it.
+
+    What remains of the cost is that until the unified network's lowest loss, over its own.
+    """
     rows = []
     reference = total(curves["unified"], sizes)
-    goal, budget = reference.mean(0)[-1], curves["unified"].flops[-1]
+    goal = reference.mean(0).min()
+    cost = cost_until(reference.mean(0), curves["unified"].flops, goal)
     for name, curve in curves.items():
         losses_of = total(curve, sizes)
         change = losses_of[:, -1] / reference[:, -1] - 1  # paired: same seeds, same batches
@@ -283,7 +287,7 @@ def compare(curves: dict[str, Curve], sizes: tuple[int, ...]) -> list[dict[str, 
         row = {"network": name, "flops_per_call": curve.per_call, "loss": losses_of[:, -1].mean()}
         row |= {f"loss_{s}": m for s, m in enumerate(curve.loss[:, -1].mean(0))}
         row |= {"change": change.mean(), "standard_error": error}
-        row["remaining"] = remaining(losses_of.mean(0), curve.flops, goal) / budget
+        row["remaining"] = cost_until(losses_of.mean(0), curve.flops, goal) / cost
         rows.append(row)
     return rows
 
@@ -300,7 +304,7 @@ def figures_of_curves(curves: dict[str, Curve], sizes: tuple[int, ...]) -> tuple
             found[name] = (curve.flops / budget, values.mean(0), error)
         return found
 
-    goal = total(curves["unified"], sizes).mean(0)[-1]
+    goal = total(curves["unified"], sizes).mean(0).min()
     whole = reporting.figures.curves(
         lines(lambda curve: total(curve, sizes)),
         xlabel="operations, in parts of the unified network's",

@@ -19,10 +19,10 @@ def test_stages_of_a_batch():
 def test_cost_until_a_loss_is_reached():
     flops = np.array([1.0, 2.0, 3.0])
     falling = np.array([4.0, 2.0, 1.0])
-    assert multistage.remaining(falling, flops, 3.0) == 1.5
-    assert multistage.remaining(falling, flops, 1.0) == 3.0
-    assert multistage.remaining(falling, flops, 5.0) == 1.0  # before the first look
-    assert multistage.remaining(falling, flops, 0.5) == float("inf")
+    assert multistage.cost_until(falling, flops, 3.0) == 1.5
+    assert multistage.cost_until(falling, flops, 1.0) == 3.0
+    assert multistage.cost_until(falling, flops, 5.0) == 1.0  # before the first look
+    assert multistage.cost_until(falling, flops, 0.5) == float("inf")
 
 
 def test_contenders_cost_the_same():
