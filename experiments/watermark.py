@@ -128,7 +128,7 @@ def mixture(report: reporting.Report, preset: Preset, out: pathlib.Path, seed: i
         for sigma in REFERENCE if preset.scan else (0.65,):
             for last in (0.01, 0.1):
                 ts = watermark.grid(ve, sigma, num_steps=3 * preset.num_steps, sigma_min=last)
-                mark = watermark.make_mark(keys[1], shape, scale=sigma)
+                mark = watermark.make_mark(keys[1], shape, radius=2, scale=sigma)
                 up = flow.up(p, ts, x)
                 marked = flow.down(p, ts, watermark.inject(up, mark))[:count]
                 both = jnp.concatenate([marked, x[count:]])
@@ -184,8 +184,8 @@ class Setting:
 
     sigma: float = 2 / 3
     last_sigma: float = 0.1
-    radius: float = 3 / 8
-    """In shares of the shorter side."""
+    radius: float = 1.0
+    """In units of the default for the size of the images."""
     band: watermark.Band = "high"
     pattern: watermark.Pattern = "noise"
     strength: float = 1.0
@@ -196,11 +196,11 @@ def settings() -> list[Setting]:
     changes: list[dict[str, Any]] = [
         *({"last_sigma": s} for s in (0.01, 0.03, 0.2)),
         *({"sigma": s} for s in (1 / 3, 4 / 3, 8 / 3)),
-        *({"radius": r} for r in (1 / 4, 5 / 16, 1 / 2)),
+        *({"radius": r} for r in (2 / 3, 5 / 6, 4 / 3)),
         *({"strength": s} for s in (0.5, 1.5)),
         {"pattern": "rings"},
         {"band": "low"},
-        {"band": "low", "radius": 1 / 4},
+        {"band": "low", "radius": 2 / 3},
     ]
     return [Setting(), *(Setting(**change) for change in changes)]
 
@@ -256,11 +256,11 @@ def put(study: Study, setting: Setting) -> Marked:
     sigma = setting.sigma * study.std
     t = float(schedules.times_from_sigmas(flow.schedule, sigma))
     ts = watermark.grid(flow.schedule, t, num_steps=study.num_steps, sigma_min=setting.last_sigma)
-    shape = x.shape[1:]
+    shape, key = x.shape[1:], jax.random.key(study.seed)
     mark = watermark.make_mark(
-        jax.random.key(study.seed),
+        key,
         shape,
-        radius=setting.radius * min(shape[:2]),
+        radius=setting.radius * watermark.make_mark(key, shape).radius,
         band=setting.band,
         pattern=setting.pattern,
         scale=setting.strength * float(flow.schedule.sigma(t)),
@@ -369,8 +369,8 @@ def scan(report: reporting.Report, study: Study, chosen: list[Setting], out: pat
     write_csv(out / "settings.csv", rows)
     report.section(
         "Settings",
-        "One respect differs from the first row. Noise level σ* and radius as shares of the data's "
-        "standard deviation and of the shorter side; true positives at 1 % false ones.",
+        "One respect differs from the first row. Noise level σ* and radius in units of the data's "
+        "standard deviation and of the default; true positives at 1 % false ones.",
     )
     columns = ["σ*", "last σ", "radius", "band", "pattern", "strength", "entries", "PSNR", "SSIM"]
     text = [[v if isinstance(v, str) else f"{v:.3g}" for v in row.values()] for row in rows]

@@ -40,7 +40,7 @@ class EmbedArguments:
     band: Literal["high", "low"] = "high"
     """High frequencies change the image least, low ones bear blur and JPEG."""
     radius: float | None = option(gt=0)
-    """How far the key reaches, in frequencies; unset: 3/8 of the shorter side."""
+    """How far the key reaches, in frequencies; unset: 1/8 of the shorter side, but 3 at least."""
     channels: tuple[int, ...] = ()
     """Channels that carry it, from 0; unset: all."""
     strength: float = option(1.0, gt=0)
@@ -380,7 +380,7 @@ def _new_key(given: EmbedArguments, loaded: Any, shape: tuple[int, ...]) -> KeyF
     mark = watermark.make_mark(
         jax.random.key(seed),
         shape,
-        radius=3 * min(shape[:2]) / 8 if given.radius is None else given.radius,
+        radius=given.radius,
         channels=given.channels or None,
         band=given.band,
         pattern=given.pattern,
