@@ -91,14 +91,13 @@ def similarities(x: np.ndarray, preset: Preset, seed: int) -> training.StageSimi
     draw = jax.jit(
         lambda key, p: training.stage_similarity(key, p, SCHEDULE, num_draws=preset.num_draws)
     )
-    found = draw(jax.random.key(seed), distributions.Empirical(x.reshape(len(x), -1)))
-    return training.StageSimilarity(*map(np.asarray, found))
+    return draw(jax.random.key(seed), distributions.Empirical(x.reshape(len(x), -1)))
 
 
 def figure_of_intervals(found: training.StageSimilarity, times: tuple[float, float]) -> Any:
     """Similarity to both ends against the time, and the stages."""
     bins = np.array_split(np.arange(len(found.t)), 32)
-    mean = lambda values: np.array([values[rows].mean() for rows in bins])
+    mean = lambda values: np.array([np.asarray(values)[rows].mean() for rows in bins])
     figure = reporting.figures.curves(
         {
             "to the denoiser at t = 0": (mean(found.t), mean(found.to_clean)),
