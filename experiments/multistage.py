@@ -47,8 +47,9 @@ PUBLISHED = {
 """t1, t2, training cost that remains, quality there. At equal training, FID on CIFAR-10: unified
 2.73, separate 2.87, multi-decoder 2.35."""
 REMAINING = 0.59
-RATIOS = (1.5, 1.0, 0.125)
-"""Widths of the decoders over that of the encoder: 192, 128 and 16 over 128 channels."""
+NARROW = 0.125
+"""Width of the high-noise decoder over that of the encoder, as published (16 over 128 channels).
+The middle one is as wide as the encoder; what the narrow one saves goes to the low-noise one."""
 STAGES = ("low noise", "middle", "high noise")
 
 
@@ -156,7 +157,7 @@ def _flops(fn: Any, *inputs: Any) -> float:
 def contenders(
     preset: Preset, data_shape: tuple[int, ...], sizes: tuple[int, ...]
 ) -> dict[str, networks.Network]:
-    """Return the networks, of equal mean cost: decoders as wide as the unified one allows."""
+    """Return the networks, of equal mean cost per call."""
     edges = np.cumsum(sizes)[:-1] / preset.batch_size
     bounds = tuple(np.asarray(schedules.noise_levels(SCHEDULE, edges), float).tolist())
     name = {"mlp": "width", "unet": "channels"}[preset.network]
@@ -165,15 +166,15 @@ def contenders(
     if preset.network == "mlp":
         options["depth"] -= 1
 
-    def multi(scale: int) -> networks.Network:
-        widths = [ratio * preset.width * scale / 20 for ratio in RATIOS]
-        widths = tuple(max(round(w / preset.step), 1) * preset.step for w in widths)
+    def multi(wide: int) -> networks.Network:
+        narrow = max(round(preset.width * NARROW / preset.step), 1)
+        widths = (wide * preset.step, preset.width, narrow * preset.step)
         own = {f"decoder_{name}s" if name == "width" else f"decoder_{name}": widths}
         net = networks.make(f"multistage_{preset.network}", **options, bounds=bounds, **own)
         return dataclasses.replace(net, apply=functools.partial(net.apply, sizes=sizes))
 
     target = flops_per_call(unified, preset.batch_size)
-    low, high = 1, 40  # the scale in twentieths
+    low, high = preset.width // preset.step, 4 * preset.width // preset.step
     while high - low > 1:
         middle = (low + high) // 2
         fits = flops_per_call(multi(middle), preset.batch_size) <= target

@@ -1,8 +1,9 @@
 """A residual MLP with a decoder for each interval of noise levels (see ``_stages``).
 
-The encoder is ``mlp`` without its last layer; a decoder is a layer to its own width, further blocks
-and the last layer. Taps: those of the encoder, and ``stage_s.hidden_i``, ``stage_s.block_i`` and
-``stage_s.last``, what decoder s makes of the examples, whatever their noise level.
+The encoder is ``mlp`` without its last layer; a decoder is a layer to its own width, if that is
+another, further blocks and the last layer. Taps: those of the encoder, and ``stage_s.hidden_i``,
+``stage_s.block_i`` and ``stage_s.last``, what decoder s makes of the examples, whatever their noise
+level.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +54,8 @@ class _Decoder(nn.Module):
     def __call__(self, encoded: Any, keys: Any = None) -> Array:
         config = self.config
         h, e = encoded
-        h = layers.Dense(self.width, name="in")(h)
+        if self.width != config.width:
+            h = layers.Dense(self.width, name="in")(h)
         numbers = range(config.depth, config.depth + config.decoder_depth)
         h = mlp.blocks(self, h, e, keys, numbers, config.dropout)
         return mlp.head(self, h, config.data_shape)
