@@ -138,12 +138,12 @@ class Law(NamedTuple):
 
 def fit_gaussian(key: Any, x: jax.Array, weights: jax.Array) -> Law:
     """Return the most likely law of rank 4 (probabilistic PCA, mean known to be 0)."""
-    x = x * jnp.sqrt(weights / weights.sum())[:, None]
-    _, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    covariance = (x * (weights / weights.sum())[:, None]).T @ x
+    values, vectors = jnp.linalg.eigh(covariance)  # ascending
     rank = len(VARIANCES)
-    noise_var = jnp.mean(s[rank:] ** 2)
-    scale = jnp.sqrt(jnp.maximum(s[:rank] ** 2 - noise_var, 0))
-    return Law(vt[:rank].T * scale[None], jnp.sqrt(noise_var))
+    noise_var = jnp.maximum(jnp.mean(values[:-rank]), 0)
+    scale = jnp.sqrt(jnp.maximum(values[-rank:] - noise_var, 0))
+    return Law(vectors[:, -rank:] * scale[None], jnp.sqrt(noise_var))
 
 
 def sample_gaussian(key: Any, law: Law, num: int) -> jax.Array:
