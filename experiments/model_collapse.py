@@ -91,7 +91,8 @@ def linear(report: reporting.Report, preset: Preset, out: pathlib.Path, seed: in
     generations = np.arange(1, preset.regressions + 1)
     lines, dashed, rows, text = {}, {}, [], []
     for mix in ("replace", "accumulate"):
-        errors = repeat(lambda key, mix=mix: regression(key, preset, mix), preset, seed) / unit
+        fit = functools.partial(regression, preset=preset, mix=mix)
+        errors = repeat(fit, preset, seed) / unit
         theory = generalization.linear_collapse(preset.regressions, COUNT, DIM, mix=mix)
         theory = np.asarray(theory) / unit
         mean, spread = errors.mean(0), errors.std(0) / preset.repeats**0.5

@@ -11,8 +11,7 @@ features of noisy labelled images: accuracy on held-out images against the noise
 early and late in training, with the share of copied samples that tells generalization from
 memorization; the ratio of the features; and several levels together under label noise. Digits, or
 ``--data PATH`` (Fashion-MNIST, CIFAR-10, ...), by an MLP or a U-Net. Digits are nearly separable
-without noise: there a linear probe hardly gains from noise, and the peak, where there is one, is
-that of the nearest neighbours.
+without noise: there a linear probe hardly gains from noise.
 
 References:
     Li et al. 2025, arXiv 2502.05743 (figures, table 4).

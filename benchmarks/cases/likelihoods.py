@@ -1,5 +1,7 @@
 """Log-densities along the probability flow: exact trace, Hutchinson's, and the bare calls."""
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -20,12 +22,13 @@ def _build(size: str) -> list[Variant]:
     x, _ = p.sample(key, BATCH)
     params = jax.tree.map(lambda leaf: leaf + 0.01, net.init(key))
     denoise_fn = from_network(net, params, schedule)
-    results = {
-        trace: lambda x, trace=trace: likelihood.log_prob(
+
+    def value(trace: Literal["exact", "hutchinson"]) -> Any:
+        return lambda x: likelihood.log_prob(
             key, denoise_fn, schedule, x, trace=trace, num_steps=STEPS
         )
-        for trace in ("exact", "hutchinson")
-    }
+
+    results = {"exact": value("exact"), "hutchinson": value("hutchinson")}
     nfe = int(results["hutchinson"](x).nfe)
     levels = jnp.full(nfe, 0.5)
     calls = lambda x: jax.lax.scan(lambda x, t: (denoise_fn(x, t), None), x, levels)[0]
