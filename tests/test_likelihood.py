@@ -61,6 +61,7 @@ def test_errors_on_g8_are_of_order_four_down_to_the_floor_of_the_prior(g8, steps
     assert (coarse.nfe, fine.nfe) == (5 * steps[0] + 1, 5 * steps[1] + 1) and fine.stderr is None
 
 
+@pytest.mark.slow
 def test_a_gaussian_at_several_largest_noises(key):
     """In float32, one program: the largest noise is traced."""
     p = distributions.Gaussian(0.3 * jnp.ones(6), jnp.eye(6)[:, :2], noise_std=0.05)

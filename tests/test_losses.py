@@ -47,6 +47,7 @@ def test_autoencoder_identity(t, key):
     assert got == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_exact_denoiser_has_the_least_error_and_it_is_the_mmse(key):
     """For N(0, diag(l)) the error of the posterior mean is sum l s^2 / (a^2 l + s^2)."""
     variances = np.array([4.0, 1.0, 0.25, 0.0])
@@ -203,6 +204,7 @@ def test_gradients_are_finite(schedule, parametrization, key):
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_labels_are_dropped_at_the_given_rate(key):
     """With every label dropped the loss cannot depend on the labels; with none it does."""
     net, params = make(num_classes=3)

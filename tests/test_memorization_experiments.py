@@ -26,6 +26,7 @@ def test_examples_are_split_once(digits):
         generators.load("digits", None, 10, 1797)
 
 
+@pytest.mark.slow
 def test_optimal_and_gaussian_samples_share_their_noise(digits):
     """The optimal denoiser copies; of one example it can only give that one, as can a Gaussian."""
     recipe = generators.MLP._replace(num_samples=12)

@@ -30,6 +30,7 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_newest_best_and_milestones_stay(trained, capsys):
     rows = read_metrics(trained / "metrics.jsonl")
     losses = {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
@@ -140,6 +141,7 @@ def weights_of(run, name="params"):
     return state["params"] if name == "params" else state["ema"]["0"]
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_with_the_weights_of_another(trained, tmp_path, capsys):
     nothing = "--train.steps 1 --optim.lr 1e-30 --optim.warmup 0 --seed 5".split()
     for source, argv, step, name in (

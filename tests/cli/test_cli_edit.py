@@ -52,6 +52,7 @@ def test_edit_writes_pictures_page_report_and_numbers(digits, tmp_path, capsys):
     assert "--box 0 0 4 8" in (out / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_mask_files_and_other_images(digits, tmp_path):
     mask = np.zeros((8, 8), bool)
     mask[2:4] = True

@@ -299,6 +299,7 @@ def test_samples_come_from_the_average_and_do_not_depend_on_batches(trained, tmp
     assert "--loss.label-dropout" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_guidance_moves_samples_off_the_unconditional_ones(tmp_path, capsys):
     """The samples of one Euler step are linear in the scale; outside the interval it is 1."""
     labels = "--model.name mlp --model.width 16 --model.depth 1 --model.conditional".split()
@@ -341,6 +342,7 @@ def test_a_multistage_network_trains_alike_on_two_devices_and_samples(tmp_path, 
 # ---- analysis -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_analysis_measures_and_reports(trained, capsys):
     from lowdim_diffusion import data
 
@@ -486,6 +488,7 @@ def wait_for_start(process):
     pytest.fail(f"training never started: {process.stderr.read()}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )

@@ -29,6 +29,7 @@ def marked(digits):
     return digits / "watermark"
 
 
+@pytest.mark.slow
 def test_marked_images_are_written_and_found(digits, marked, tmp_path, capsys):
     """And other images are not."""
     key = json.loads((marked / "key.json").read_text())

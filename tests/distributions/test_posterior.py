@@ -72,6 +72,7 @@ def test_identity_with_noise_is_the_denoiser(x64, mixture_arguments):
     np.testing.assert_allclose(found.log_evidence, p.log_prob(y, 1.0, 0.7), atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_noiseless_subspace_is_found_from_few_numbers(dtype, x64):
     """Rank 2 of 12 without floor: 5 numbers say which subspace, and where on it, exactly."""

@@ -148,6 +148,7 @@ def test_linearity_of_the_exact_posterior(key):
     assert float(run(0.4).error[1]) > 4 * float(run(0.05).error[1])  # worst in between
 
 
+@pytest.mark.slow
 def test_supervised_direction_raises_the_score(x64, key):
     bases = local_mixture(key, jnp.float64)
     x = molrg_data(key, bases, 4) + jax.random.normal(key, (4, N), jnp.float64)

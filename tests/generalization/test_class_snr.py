@@ -33,6 +33,7 @@ def from_energies(num_classes, rank, delta, sigma, num=400_000):
     return kept[:, 0].sum() / kept[:, 1:].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TABLE)
 def test_exact_denoiser_follows_the_table(case):
     """Check 14: within 5 % of the table; n matters through K d <= n only."""
@@ -69,6 +70,7 @@ def test_closed_form_of_the_theory():
         assert float(limit) == pytest.approx(1 / ((num_classes - 1) * delta**2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gated_features_have_the_ratio_of_the_output():
     """The tap of the low-rank network holds its output's coordinates, one block per class."""
     bases = linalg.random_frames(jax.random.key(0), 2, 10, 3, orthogonal=True)

@@ -167,6 +167,7 @@ def test_float32_follows_float64(method, x64):
     np.testing.assert_allclose(half, program(method)(*inputs(jnp.float64)), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_blocks_carry_their_own_measurements(key):
     """Measurements, keys and indices of each block, on one device and on two."""
     x_T, y, _, index = inputs()

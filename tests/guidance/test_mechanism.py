@@ -37,6 +37,7 @@ def dense(schedule, p_c, p_u, x, t):
     return shift, part(values.real > 0), part(values.real <= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "rank"), [(VE, 2), (RF, 4)], ids=["part of the space", "all of it"]
 )

@@ -120,6 +120,7 @@ def test_proposals_against_bias():
     assert float(jnp.max(modes(greedy))) > 0.99 and float(jnp.mean(greedy[:, 0])) > 3
 
 
+@pytest.mark.slow
 def test_contract(key):
     """One proposal is the solver itself; equal calls, equal solvers; evaluations are counted."""
     ts, (d, _) = jnp.array([1.0, 0.5, 0.1, 0.0]), gaussian(RF, [0.3, -0.2], [1.0, 0.5])

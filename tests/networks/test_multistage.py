@@ -92,6 +92,7 @@ def test_values_and_gradients_are_those_of_the_dense_formulation(name):
     close(with_sizes, expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_other_decoders_neither_run_nor_learn_and_encoder_gradients_sum():
     net, params = build("multistage_mlp")
     x, c_noise, stage = inputs(net)

@@ -77,6 +77,7 @@ def agree(got, expected, tolerance):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DIFFUSERS[1:] + EDM]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFUSERS[:1] + SLOW)
 def test_float32(name):
     found = load(FIXTURES / name)

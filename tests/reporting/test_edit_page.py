@@ -452,6 +452,7 @@ def test_wrong_addresses_do_no_harm(browser, page, given, address):
     browser.until("document.body.dataset.shown === '#image=2&direction=1&strength=0.5'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_it_fits_phones_and_desktops_in_both_themes(browser, page, width, dark):

@@ -114,6 +114,7 @@ def test_adjoint_of_a_gaussian_is_the_closed_form(x64):
     print("largest relative errors", [float(e.max()) for e in errors])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "end", "solver", "tol"),
     [
@@ -220,6 +221,7 @@ def test_adjoint_errors(key):
 # ------------------------------------------------------------------ steps that adapt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow", marks=pytest.mark.slow)]
 )

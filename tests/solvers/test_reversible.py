@@ -105,6 +105,7 @@ def test_rounding_grows_as_gamma_to_the_steps(g8, x64):
     assert few < 1e-11 and 1e2 < many / few < 1e5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [solvers.euler(), solvers.heun()], ids=["ddim", "heun"])
 def test_fixed_point_iterations_invert_a_step(solver, g8, x64):
     p, x_T = g8
@@ -115,6 +116,7 @@ def test_fixed_point_iterations_invert_a_step(solver, g8, x64):
     assert errors[0] > 5e-3 and errors[1] < errors[0] / 5 and errors[2] < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [solvers.bdia(), solvers.edict()], ids=["bdia", "edict"])
 @pytest.mark.parametrize("schedule", [VE, FLOW], ids=["ve", "flow"])
 def test_images_return_from_pure_noise_and_clean_ends(solver, schedule, key):

@@ -203,6 +203,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_mixture_g8_against_runge_kutta(name, g8, x64):
     p, schedule, x_T, reference = g8

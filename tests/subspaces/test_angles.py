@@ -310,6 +310,7 @@ def test_zero_columns_count_as_absent(x64):
     assert float(subspaces.projector_distance(none, none)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [(2, 2), (3, 3), (2, 4), (4, 1)])
 def test_spectral_distance_is_the_norm_of_the_difference(columns, x64):
     g = np.random.default_rng(5)

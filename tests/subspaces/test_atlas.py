@@ -57,6 +57,7 @@ def test_rank_against_noise_reproduces_the_published_curve(key):
     )
 
 
+@pytest.mark.slow
 def test_schedules_share_one_spectrum_and_topk_agrees_with_full(key):
     bases = random_frames(key, 2, 16, 3, orthogonal=True)
     clean = lambda x, sigma: molrg_mean(bases, x, sigma)

@@ -41,6 +41,7 @@ def test_finds_the_best_of_all_splits(x64):
         assert float(found.losses.min()) == float(found.loss)
 
 
+@pytest.mark.slow
 def test_one_subspace_is_pca(x64):
     x = jax.random.normal(jax.random.key(0), (30, 8)) * jnp.linspace(3, 1, 8)[None, :]
     found = subspaces.k_subspaces(jax.random.key(1), x, 1, 3, max_iters=2000)
@@ -50,6 +51,7 @@ def test_one_subspace_is_pca(x64):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_components, rank",
     [
@@ -108,6 +110,7 @@ def test_frames_are_orthonormal_together():
     np.testing.assert_allclose(joint.T @ joint, np.eye(9), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_masks_change_nothing():
     """Rows of zeros and unused columns: what lets sets of different size share a program."""
     bases, x, _ = union(jax.random.key(0), 2, 24, 3, 6)

@@ -57,6 +57,7 @@ def test_many_random_labellings_in_one_program(x64):
     np.testing.assert_allclose(swapped, got, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_leading_axes_are_labellings_of_their_own():
     """Restarts and settings against one truth; each alone has another number of labels."""
     rng = np.random.default_rng(4)

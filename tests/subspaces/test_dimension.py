@@ -292,6 +292,7 @@ def small():
     return (g.standard_normal((100, 4)) @ g.standard_normal((4, 25))).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATES)
 def test_an_offset_a_unit_an_order_or_a_shape_changes_nothing(name):
     """One program for all of them."""
@@ -366,6 +367,7 @@ def test_flat_data_have_exactly_their_dimension():
         assert float(compiled(dimension.global_pca, np.ones_like(plane), rule=rule)) == 0
 
 
+@pytest.mark.slow
 def test_data_without_an_estimate_are_an_error_not_a_number():
     grid = np.stack(np.meshgrid(*[np.arange(6.0)] * 2), -1).reshape(-1, 2)
     same = np.ones_like(grid)
@@ -714,6 +716,7 @@ def test_flipd_is_differentiable_and_maps(x64):
     np.testing.assert_allclose(jax.jit(jax.vmap(curve, (None, 0)))(x, ts), expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_normal_bundle_spectrum_and_options(key):
     """Across the set the scaled scores are standard normal: singular values 1 +- sqrt((n-d)/m)."""
     basis = linalg.random_frames(key, 1, 20, 5)

@@ -231,6 +231,7 @@ def test_thresholding_by_hand(num_nearest):
 # Clustering
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64_on", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("method", METHODS)
 def test_orthogonal_unions_at_every_ratio(method, x64_on, key):

@@ -111,6 +111,7 @@ def test_stops_and_continues_in_mid_epoch_either_way(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(whole.state), jax.device_get(again.state))
 
 
+@pytest.mark.slow
 def test_a_bad_example_stops_it_after_saving_and_loses_nothing(tmp_path):
     whole = run(tmp_path / "whole", resident())
     rows = [resident().batch(data_key(), step)["row"].tolist() for step in range(12, 18)]

@@ -124,6 +124,7 @@ def test_fewer_points_than_dimensions_leave_the_error_of_theory():
         assert float(run(keys, count).max()) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", [pytest.param("hard", marks=pytest.mark.slow), "soft"])
 def test_two_subspaces_from_good_starts(assignment):
     frame_key, inner_key, key = jax.random.split(jax.random.key(0), 3)
@@ -164,6 +165,7 @@ def test_hard_assignment_never_beats_k_subspaces():
     assert float(residual) <= 1.15 * float(best.loss)
 
 
+@pytest.mark.slow
 def test_masks_change_the_noise_only():
     basis, x = points(jax.random.key(1), rank=3, count=10)
     padded = jnp.concatenate([x, jnp.zeros((6, 48))])

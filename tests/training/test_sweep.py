@@ -155,6 +155,7 @@ print("sum", int(found.values.sum()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F43")
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
