@@ -97,7 +97,7 @@ PRESETS = {
     "smoke": Preset(
         2,
         Sizes((6,), GRIDS, 32, 256, 16, 40, (4,), 2),
-        Sizes((6,), GRIDS, 4, 16, 16, 40, (4,), 2),
+        Sizes((6,), GRIDS[2:], 4, 16, 16, 40, (), 0),
         30,
     ),
     "cpu": Preset(
