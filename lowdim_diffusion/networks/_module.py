@@ -47,7 +47,6 @@ def from_module(name: str, module: Any, config: Any) -> Network:
         module: a module whose parameters are named as above.
         config: its options, a dataclass with ``data_shape``, ``num_classes`` and ``dtype``.
     """
-    shape, options = config.data_shape, dict(num_classes=config.num_classes, dtype=config.dtype)
 
     def forward(params: Params, *inputs: Any) -> Any:
         return module.apply({"params": params}, *inputs)
@@ -56,19 +55,36 @@ def from_module(name: str, module: Any, config: Any) -> Network:
         _, state = module.apply({"params": params}, *inputs, mutable="taps")
         return dict(state["taps"]["all"])
 
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    c_noise = jax.ShapeDtypeStruct((1,), jnp.float32)
-    abstract, taps, _ = trace(module, x, c_noise)
+    abstract, taps, _ = trace(module, *one_example(config.data_shape))
+    return assemble(name, config, abstract, taps, forward, collect)
+
+
+def assemble(
+    name: str,
+    config: Any,
+    abstract: Params,
+    taps: tuple[str, ...],
+    forward: Callable[..., Any],
+    collect: Callable[..., Any],
+) -> Network:
+    """Return the network whose parameters have the shapes of ``abstract``, its inputs checked."""
+    shape, options = config.data_shape, dict(num_classes=config.num_classes, dtype=config.dtype)
     return Network(
         name,
         shape,
-        initializer(name, abstract),
+        _initializer(name, abstract),
         checked(f"{name}.apply", shape, forward, **options),
         asdict(config),
         num_classes=config.num_classes,
         taps=taps,
         collect=checked(f"{name}.features", shape, collect, **options),
     )
+
+
+def one_example(data_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return an abstract batch of one, and its noise conditioning."""
+    x = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32)
+    return x, jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def trace(module: Any, *inputs: Any) -> tuple[Params, tuple[str, ...], Any]:
@@ -84,7 +100,7 @@ def trace(module: Any, *inputs: Any) -> tuple[Params, tuple[str, ...], Any]:
     return params, tuple(taps), out
 
 
-def initializer(name: str, abstract: Params) -> Callable[[PRNGKey], Params]:
+def _initializer(name: str, abstract: Params) -> Callable[[PRNGKey], Params]:
     """Return ``key -> params`` for parameters of these shapes, named as above."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]

@@ -17,7 +17,6 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,8 +27,8 @@ import numpy as np
 from lowdim_diffusion._checks import check_int, check_range, fail
 from lowdim_diffusion._types import Array, Params
 from lowdim_diffusion.linalg import expand_right, largest_divisor
-from lowdim_diffusion.networks._module import initializer, trace
-from lowdim_diffusion.networks._network import Network, checked
+from lowdim_diffusion.networks._module import assemble, one_example, trace
+from lowdim_diffusion.networks._network import Network
 
 _BLOCKS, _EXAMPLES = 8, 8  # at most so many blocks, of at least so many examples
 
@@ -62,7 +61,6 @@ def from_stages(name: str, config: Any, encoder: Any, decoders: Sequence[Any]) -
             ``[b, ...]``.
         decoders: linen modules ``(encoded, dropout_keys) -> out``, one per stage.
     """
-    shape, options = config.data_shape, dict(num_classes=config.num_classes, dtype=config.dtype)
     bounds = np.log(config.bounds) / 4
     names = [f"stage_{i}" for i in range(len(decoders))]
 
@@ -93,23 +91,12 @@ def from_stages(name: str, config: Any, encoder: Any, decoders: Sequence[Any]) -
             found |= {f"{prefix}.{tap}": value for tap, value in state["taps"]["all"]}
         return found
 
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    c_noise = jax.ShapeDtypeStruct((1,), jnp.float32)
-    params, taps, encoded = trace(encoder, x, c_noise)
+    params, taps, encoded = trace(encoder, *one_example(config.data_shape))
     abstract = {"encoder": params}
     for module, prefix in zip(decoders, names, strict=True):
         abstract[prefix], inner, _ = trace(module, encoded, None)
         taps += tuple(f"{prefix}.{tap}" for tap in inner)
-    return Network(
-        name,
-        shape,
-        initializer(name, abstract),
-        checked(f"{name}.apply", shape, forward, **options),
-        asdict(config),
-        num_classes=config.num_classes,
-        taps=taps,
-        collect=checked(f"{name}.features", shape, collect, **options),
-    )
+    return assemble(name, config, abstract, taps, forward, collect)
 
 
 def _grouped(where: str, decoders: Sequence[Decoder], sizes: Any, inputs: Any) -> Array:

@@ -83,9 +83,7 @@ def denoiser_similarity(
         wrong = denoise_fn(alpha * x0 + sigma * eps, t) - x0
         if predict == "x0":
             return wrong
-        noisy = (
-            sigma > 0
-        )  # without noise the limit, 0: the posterior is sharper than sigma is small
+        noisy = sigma > 0  # else the limit, 0: the posterior is sharper than sigma is small
         return jnp.where(noisy, -alpha * wrong / jnp.where(noisy, sigma, 1), 0)
 
     close = jnp.abs(error(a) - error(b)) <= eta
