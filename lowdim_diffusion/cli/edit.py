@@ -92,7 +92,7 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     import numpy as np
 
     from lowdim_diffusion.cli import build, editor
-    from lowdim_diffusion.cli.loading import load_run
+    from lowdim_diffusion.cli.loading import check_images, image_shape, load_run
 
     begin = time.monotonic()
     loaded = load_run(given.run, given.checkpoint)
@@ -100,12 +100,8 @@ def run(given: EditArguments, argv: Sequence[str] = ()) -> int:
     if loaded.pretrained and given.data is None:
         raise CommandError("--data is needed: the images that a pretrained network is to edit")
     dataset = build.dataset(replace(config.data, path=given.data or config.data.path))
-    shape = loaded.model.net.data_shape
-    if len(shape) != 3:
-        raise CommandError(f"{given.run}: its examples are vectors, and edits are of images")
-    if dataset.data_shape != shape:
-        have, want = ("x".join(map(str, s)) for s in (dataset.data_shape, shape))
-        raise CommandError(f"{dataset.name}: images of {have}, and the run was trained on {want}")
+    shape = image_shape(given.run, loaded, "edits are of images")
+    check_images(dataset.name, dataset, shape)
     numbers = {"images": given.images, "transfer": given.transfer, "toward": ()}
     numbers["toward"] = () if given.toward is None else (given.toward,)
     for name, index in numbers.items():

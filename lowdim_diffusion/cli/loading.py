@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowdim_diffusion import networks, training
+from lowdim_diffusion import data, networks, training
 from lowdim_diffusion._types import Params
 from lowdim_diffusion.cli import build, toml
 from lowdim_diffusion.cli.config import DataConfig, LossConfig, RunConfig
@@ -18,7 +18,16 @@ from lowdim_diffusion.networks.pretrained import PICKLED
 from lowdim_diffusion.networks.weights import is_own
 from lowdim_diffusion.training import checkpoint
 
-__all__ = ["LoadedRun", "Start", "continued", "load_run", "reconstructed", "start"]
+__all__ = [
+    "LoadedRun",
+    "Start",
+    "check_images",
+    "continued",
+    "image_shape",
+    "load_run",
+    "reconstructed",
+    "start",
+]
 
 
 class LoadedRun(NamedTuple):
@@ -162,6 +171,21 @@ def _exported(path: pathlib.Path) -> LoadedRun:
     out = path.with_suffix("")
     data = about.get("data_sha256", "")
     return LoadedRun(out, model, about.get("step", 0), params, params, data)
+
+
+def image_shape(run: str, loaded: LoadedRun, what: str) -> tuple[int, ...]:
+    """Return ``(h, w, c)`` of a run's examples; raise, saying ``what``, if they are no images."""
+    shape = loaded.model.net.data_shape
+    if len(shape) != 3:
+        raise CommandError(f"{run}: its examples are vectors, and {what}")
+    return shape
+
+
+def check_images(source: str, dataset: data.Dataset, shape: tuple[int, ...]) -> None:
+    """Raise unless the images of a data set have the shape that a run was trained on."""
+    if dataset.data_shape != shape:
+        have, want = ("x".join(map(str, s)) for s in (dataset.data_shape, shape))
+        raise CommandError(f"{source}: images of {have}, and the run was trained on {want}")
 
 
 def continued(config: RunConfig) -> RunConfig:

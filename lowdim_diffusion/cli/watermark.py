@@ -5,7 +5,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from lowdim_diffusion.cli import tables
@@ -156,12 +156,12 @@ def embed(given: EmbedArguments) -> int:
 
     from lowdim_diffusion import data, editing, reporting
     from lowdim_diffusion._files import write_atomic, write_npz
-    from lowdim_diffusion.cli.loading import load_run
+    from lowdim_diffusion.cli.loading import image_shape, load_run
     from lowdim_diffusion.safety import watermark
 
     begin = time.monotonic()
     loaded = load_run(given.run, given.checkpoint)
-    shape = _image_shape(given.run, loaded)
+    shape = image_shape(given.run, loaded, "watermarks are for images")
     out = pathlib.Path(given.out) if given.out else loaded.path / "watermark"
     key = _new_key(given, loaded, shape) if given.key is None else read_key(given.key)
     _check_fits(given.key, key, shape)
@@ -174,7 +174,7 @@ def embed(given: EmbedArguments) -> int:
         raise CommandError("the marked images hold NaN or infinity; lower --strength")
     pictures = shape[-1] in (1, 3)
     stored = data.to_uint8(marked) if pictures else marked.astype(np.float32)
-    seen = _floats(stored)
+    seen = data.from_uint8(stored) if pictures else stored
     before, after = (watermark.match(model.carry(a), key.mark) for a in (x, seen))
     size = min(11, min(shape[:2]) - (min(shape[:2]) + 1) % 2)
     ssim = editing.ssim(x, seen, window=size) if size >= 3 else np.full(len(x), np.nan)
@@ -217,14 +217,14 @@ def detect(given: DetectArguments) -> int:
     import numpy as np
 
     from lowdim_diffusion._files import write_atomic
-    from lowdim_diffusion.cli.loading import load_run
+    from lowdim_diffusion.cli.loading import image_shape, load_run
     from lowdim_diffusion.safety import watermark
 
     kind = pathlib.Path(given.out).suffix if given.out else ".csv"
     if kind not in (".csv", ".json"):
         raise CommandError(f"--out {given.out}: the table is written as .csv or .json")
     loaded = load_run(given.run, given.checkpoint)
-    shape = _image_shape(given.run, loaded)
+    shape = image_shape(given.run, loaded, "watermarks are for images")
     folder = loaded.path / "watermark"
     key_file = given.key or str(folder / "key.json")
     key = read_key(key_file)
@@ -307,8 +307,7 @@ class KeyFile(NamedTuple):
         from lowdim_diffusion.safety import watermark
 
         bits = _bits(self.message)
-        signs = 1 - 2 * np.asarray(bits)[np.arange(len(self.mark.values)) % len(bits)]
-        plain = replace(self.mark, values=self.mark.values * signs.astype(np.float32))
+        plain = watermark.turn_signs(self.mark, bits)
         read = np.packbits(np.asarray(watermark.decode(x_t, plain, len(bits))), axis=1)
         return ["".join(_shown(c) for c in row.tobytes().decode(errors="replace")) for row in read]
 
@@ -448,13 +447,6 @@ class _Tools:
         return np.concatenate(parts)
 
 
-def _image_shape(run: str, loaded: Any) -> tuple[int, ...]:
-    shape = loaded.model.net.data_shape
-    if len(shape) != 3:
-        raise CommandError(f"{run}: its examples are vectors, and watermarks are for images")
-    return shape
-
-
 def _check_fits(path: str | None, key: KeyFile, shape: tuple[int, ...]) -> None:
     if key.mark.shape != shape:
         have, want = ("x".join(map(str, s)) for s in (key.mark.shape, shape))
@@ -464,6 +456,7 @@ def _check_fits(path: str | None, key: KeyFile, shape: tuple[int, ...]) -> None:
 def _images(loaded: Any, path: str, shape: tuple[int, ...], limit: int | None) -> Any:
     from lowdim_diffusion import data
     from lowdim_diffusion.cli import build
+    from lowdim_diffusion.cli.loading import check_images
 
     if not path:
         raise CommandError("--images is needed: a pretrained network has no images of its own")
@@ -472,15 +465,5 @@ def _images(loaded: Any, path: str, shape: tuple[int, ...], limit: int | None) -
         dataset = build.dataset(loaded.model.config.data)
     else:
         dataset = data.load(path, num_examples=limit)
-    if dataset.data_shape != shape:
-        have, want = ("x".join(map(str, s)) for s in (dataset.data_shape, shape))
-        raise CommandError(f"{path}: images of {have}, and the run was trained on {want}")
+    check_images(path, dataset, shape)
     return dataset.floats(range(dataset.num_examples)[:limit])
-
-
-def _floats(stored: Any) -> Any:
-    import numpy as np
-
-    if stored.dtype == np.uint8:
-        return stored.astype(np.float32) / np.float32(127.5) - 1
-    return stored

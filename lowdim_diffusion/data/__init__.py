@@ -21,6 +21,7 @@ from lowdim_diffusion.data._dataset import (
     Dataset,
     denormalize,
     from_arrays,
+    from_uint8,
     to_uint8,
 )
 from lowdim_diffusion.data._lazy import LazyDataset, RandomAccess, fingerprint, from_source
@@ -44,6 +45,7 @@ __all__ = [
     "fingerprint",
     "from_arrays",
     "from_source",
+    "from_uint8",
     "load",
     "load_lazy",
     "molrg",

@@ -27,7 +27,7 @@ from jax.extend.random import threefry_2x32
 
 from lowdim_diffusion._checks import check_choice, check_int, fail
 from lowdim_diffusion._types import Array, Batch, Int
-from lowdim_diffusion.data._dataset import Dataset, _from_uint8
+from lowdim_diffusion.data._dataset import Dataset, from_uint8
 
 LIMIT = 2**30
 """Largest number of examples and largest batch: sums of two stay inside int32."""
@@ -108,7 +108,7 @@ class Batcher:
         self, key: Any, step: Any, index: Int[Array, " m"], rows: Array, x: Array, label: Any
     ) -> Batch:
         """Return the batch of examples as they are stored: scaled and mirrored."""
-        x = _from_uint8(x) if x.dtype == jnp.uint8 else x
+        x = from_uint8(x) if x.dtype == jnp.uint8 else x
         if self.flip:
             at_step = jax.random.fold_in(_key_of(key, step), 1)
             mirror = (jax.random.bits(at_step, (self.batch_size,), jnp.uint32) >> 31)[index] == 1

@@ -132,7 +132,7 @@ class Dataset:
     def floats(self, index: Any = None) -> np.ndarray:
         """Return the examples, or those at ``index``, as float32 in the range they are drawn in."""
         chosen = self.images if index is None else self.images[index]
-        return chosen if chosen.dtype == np.float32 else _from_uint8(chosen)
+        return chosen if chosen.dtype == np.float32 else from_uint8(chosen)
 
     def take(self, index: Any) -> "Dataset":
         """Return the data set of the examples at ``index`` (integers or a mask), in that order."""
@@ -216,10 +216,14 @@ def denormalize(x: Any) -> Array:
     return jnp.clip((jnp.asarray(x) + 1) / 2, 0, 1)
 
 
-def _from_uint8(x: Any) -> Any:
-    """``x / 127.5 - 1`` in float32, for numpy and for jax arrays.
+def from_uint8(x: Any) -> Any:
+    """Return ``x / 127.5 - 1`` in float32 of bytes 0..255, for numpy and for jax arrays.
 
     Written as one product of an exact integer, so that compilers cannot round it differently.
+
+    Examples:
+        >>> from_uint8(np.array([0, 255], np.uint8))
+        array([-1.,  1.], dtype=float32)
     """
     xp = jnp if isinstance(x, jax.Array) else np
     return (2 * x.astype(xp.int32) - 255).astype(xp.float32) * xp.float32(1 / 255)

@@ -78,6 +78,7 @@ __all__ = [
     "p_value",
     "recover",
     "threshold",
+    "turn_signs",
 ]
 
 
@@ -259,21 +260,37 @@ def make_mark(
     check_range("make_mark", "scale", scale, 0, low_open=True, high_open=True)
     mark = Mark(jax.random.normal(key, (count,)), shape, float(radius), chosen, band, pattern)
     power = jnp.sum(jnp.abs(mark.spectrum) ** 2) / np.sum(mark.mask)
-    values = scale * mark.values / jnp.sqrt(power)
-    if message is not None:
-        values = values * (1 - 2 * _spread_bits(message, count))
-    return dataclasses.replace(mark, values=values)
+    mark = dataclasses.replace(mark, values=scale * mark.values / jnp.sqrt(power))
+    return mark if message is None else turn_signs(mark, message)
 
 
-def _spread_bits(message: Sequence[int], count: int) -> np.ndarray:
-    bits = np.asarray(message)
+def turn_signs(mark: Mark, message: Sequence[int]) -> Mark:
+    """Return the mark with a message written into the signs of its numbers, or taken out again.
+
+    Args:
+        mark: the mark.
+        message: bits, as for :func:`make_mark`.
+
+    Raises:
+        ValueError: for other entries than bits, or more of them than there are numbers.
+
+    Examples:
+        >>> import jax
+        >>> mark = make_mark(jax.random.key(0), (16, 16, 1))
+        >>> twice = turn_signs(turn_signs(mark, [1, 0]), [1, 0])
+        >>> bool((twice.values == mark.values).all())
+        True
+    """
+    bits, count = np.asarray(message), len(mark.values)
     if bits.ndim != 1 or not bits.size or not np.isin(bits, (0, 1)).all():
         raise fail("make_mark", "message is not of bits", "zeros and ones", message)
     if bits.size > count:
         fix = 'shorten it, or take a larger radius, more channels or pattern="noise"'
         expected = f"at most {count} bits for this mark"
         raise fail("make_mark", "message too long", expected, bits.size, fix)
-    return bits[np.arange(count) % bits.size]
+    return dataclasses.replace(
+        mark, values=mark.values * (1 - 2 * bits[np.arange(count) % bits.size])
+    )
 
 
 def _spectrum(x: Array) -> Array:
