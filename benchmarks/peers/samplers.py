@@ -38,16 +38,8 @@ def edm_heun(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> 
     """Algorithm 1 of EDM, step by step, with its float64 state."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    levels = torch.tensor(sigmas, dtype=torch.float64)
-    x = x.to(torch.float64)
-    for now, after in itertools.pairwise(levels):
-        slope = (x - denoise(x.float(), now).to(torch.float64)) / now
-        ahead = x + (after - now) * slope
-        if after > 0:
-            again = (ahead - denoise(ahead.float(), after).to(torch.float64)) / after
-            ahead = x + (after - now) * (0.5 * slope + 0.5 * again)
-        x = ahead
-    return x.float()
+    wide = lambda x, sigma: denoise(x.float(), sigma).to(torch.float64)
+    return heun(wide, x.to(torch.float64), sigmas).float()
 
 
 def euler(denoise: Callable[[Any, Any], Any], x: Any, sigmas: np.ndarray) -> Any:
